@@ -1,0 +1,45 @@
+"Reads settings.ini, the only place for metadata and requirements."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).resolve().parent
+ini = ConfigParser(delimiters=["="])
+ini.read(here / "settings.ini", encoding="utf-8")
+cfg = ini["DEFAULT"]
+lib = cfg["lib_name"]
+
+py_versions = "3.11 3.12 3.13 3.14".split()
+py_versions = py_versions[py_versions.index(cfg["min_python"]):]
+statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable",
+            "6 - Mature", "7 - Inactive"]
+licenses = {"apache2": "Apache-2.0"}
+readme = here / "README.md"
+
+setup(
+    name=lib,
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    keywords=cfg["keywords"].split(),
+    license=licenses[cfg["license"]],
+    license_files=["LICENSE"],
+    python_requires=f">={cfg['min_python']}",
+    classifiers=[f"Development Status :: {statuses[int(cfg['status']) - 1]}",
+                 f"Intended Audience :: {cfg['audience']}",
+                 f"Natural Language :: {cfg['language']}"]
+                + [f"Programming Language :: Python :: {v}" for v in py_versions[:1]],
+    packages=find_packages(include=[lib, f"{lib}.*"]),
+    include_package_data=True,
+    package_data={lib: [f"weights/**/*.{s}" for s in ("safetensors", "json", "md", "txt")]},
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split()},
+    entry_points={"console_scripts": cfg["console_scripts"].split(),
+                  "nbdev": [f"{lib}={lib}._modidx:d"]},
+    zip_safe=False,
+)

@@ -1,0 +1,91 @@
+"Bad input: one clear sentence, exit status 2, and nothing written over"
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from t2v_turbo.cli import main, parser
+from t2v_turbo.student import load_student
+from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
+from t2v_turbo.train import Config, claim
+
+
+def refused(capsys, *argv):
+    "The one sentence on stderr of a call that must fail"
+    assert main([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("t2v-turbo: ") and len(err.splitlines()) == 1 and "Traceback" not in err
+    return err
+
+
+def test_unknown_option(capsys):
+    with pytest.raises(SystemExit) as e: main(["distill", "--betas", "1"])
+    assert e.value.code == 2 and "--betas" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps", [0, 17])
+def test_steps(capsys, tmp_path, steps):
+    for verb in ("sample", "evaluate"):
+        assert f"steps is {steps}" in refused(capsys, verb, "--steps", steps, "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("beta", ["beta_img", "beta_vid"])
+def test_negative_beta(capsys, tmp_path, beta):
+    assert f"{beta} is -0.5" in refused(capsys, "distill", f"--{beta}", "-0.5", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_data_folder(capsys, tmp_path):
+    call = lambda d: refused(capsys, "distill", "--data", d, "--out", tmp_path / "o")
+    assert "nowhere" in call(tmp_path / "nowhere")
+    empty = tmp_path / "empty"; empty.mkdir()
+    assert "empty" in call(empty)
+    lonely = tmp_path / "lonely"; lonely.mkdir()
+    (lonely / "captions.csv").write_text("file,caption\ngone.mp4,a red circle moving left\n")
+    assert "gone.mp4" in call(lonely)
+    assert not (tmp_path / "o").exists()
+
+
+def test_folder_in_use(capsys, tmp_path):
+    with claim(tmp_path / "o"):
+        assert "in use by another run" in refused(capsys, "distill", "--out", tmp_path / "o")
+        assert [p.name for p in (tmp_path / "o").iterdir()] == ["run.lock"]
+
+
+def test_truncated_checkpoint(capsys, tmp_path):
+    bad = tmp_path / "o" / "checkpoint.pt"; bad.parent.mkdir(); bad.write_bytes(b"PK\x03\x04" + b"0" * 100)
+    assert "is truncated" in refused(capsys, "distill", "--out", tmp_path / "o")
+    assert bad.read_bytes() == b"PK\x03\x04" + b"0" * 100
+
+
+def test_student_of_another_teacher(capsys, tmp_path):
+    import torch
+    other = load_teacher("tiny")
+    with torch.no_grad(): other.denoiser.proj_out.weight.mul_(2)
+    save_teacher(other, tmp_path / "teacher")
+    student = load_student(WEIGHTS / "tiny-cd"); student.save(tmp_path / "student")
+    meta = tmp_path / "student" / "student.json"
+    meta.write_text(meta.read_text().replace('"tiny"', f'"{tmp_path / "teacher"}"', 1))
+    assert "belongs to another teacher" in refused(capsys, "evaluate", "--student", tmp_path / "student")
+
+
+def test_long_prompt_is_reported(tmp_path, capsys):
+    long = "a red circle moving left and then right again"
+    with pytest.warns(UserWarning, match="was cut to 'a red circle moving left"):
+        assert main(["sample", "--prompt", long, "--out", str(tmp_path), "--steps", "1"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["distill", "sample", "evaluate", "pretrain"])
+def test_help_names_every_option_with_its_default(verb, capsys):
+    with pytest.raises(SystemExit) as e: main([verb, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert e.value.code == 0 and text.count("(default:") == text.count(" --") - text.count("[--") >= 2
+
+
+def test_console_command():
+    run = subprocess.run([sys.executable, "-m", "t2v_turbo.cli", "--version"], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("t2v-turbo 0.")

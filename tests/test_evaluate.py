@@ -1,0 +1,178 @@
+"Judges, rows, files and the report, on clips that are rendered"
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.evaluate import (PANELS, Judge, Sampler, bootstrap, curves_svg, evaluate, half_width, high_frequency,
+                                judge, load_judges, markdown_table, motion_amount, print_table, saturation, summarise,
+                                write_report)
+from t2v_turbo.world import blur, caption, combos, flicker, parse, render, watermark
+
+HELD = [caption(*a) for a in combos("heldout").tolist()]
+KEYS = {"model", "steps", "nfe", "seconds_per_video", "videos", "judges", "mean", "ci95", "motion_amount", "seed"}
+
+
+def drawn(prompts, seed):
+    return render(torch.tensor([parse(p) for p in prompts]), make_gen(seed))
+
+
+@pytest.fixture(scope="module")
+def net(): return load_judges()
+
+
+@pytest.fixture(scope="module")
+def row(net): return evaluate(Sampler("drawn", 4, 8, drawn), HELD, net, repeats=2)
+
+
+def test_judges_are_right_on_clean_clips(net):
+    prompts = [caption(*a) for a in combos("all").tolist()] * 2
+    scores = judge(net, drawn(prompts, 11), prompts)
+    assert all(v.shape == (240,) and v.mean() > .95 for v in scores.values()), scores
+
+
+def test_judges_see_every_flaw_and_every_wrong_word(net):
+    prompts = HELD * 4
+    clean = drawn(prompts, 12)
+    for bad in (blur(clean), watermark(clean), flicker(clean, make_gen(1))):
+        assert judge(net, bad, prompts)["clean"].mean() < .1
+    s, c, m = torch.tensor([parse(p) for p in prompts]).T
+    wrong = [caption(*a) for a in torch.stack([(s + 1) % 4, (c + 1) % 5, (m + 1) % 6], 1).tolist()]
+    scores = judge(net, clean, wrong)
+    assert all(scores[k].mean() < .05 for k in ("shape", "colour", "motion"))
+    assert not any(v.requires_grad for v in scores.values())
+
+
+def test_parameter_names_are_those_of_the_weights(net):
+    names = {n.split(".")[0] + "." + n.split(".")[1] for n in Judge().state_dict()}
+    assert names == {"tower.convs", "tower.norms", "tower.out", "heads.shape", "heads.colour", "heads.motion",
+                     "heads.clean"}
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+def test_verdicts_by_hand():
+    class Fixed(torch.nn.Module):
+        def forward(self, x):
+            pick = dict(shape=(4, 2), colour=(5, 0), motion=(6, 3), clean=(2, 0))
+            return {k: torch.eye(n)[i].expand(len(x), n) for k, (n, i) in pick.items()}
+    scores = judge(Fixed(), torch.zeros(2, 3, 8, 32, 32), ["a red triangle moving left", "a blue circle moving down"])
+    assert {k: v.tolist() for k, v in scores.items()} == dict(shape=[1, 0], colour=[1, 0], motion=[0, 1], clean=[0, 0])
+
+
+def test_instruments_by_hand():
+    x = torch.zeros(2, 3, 4, 6, 6); x[1, 0, ::2] = 1          # a black clip; one that blinks red
+    assert motion_amount(x).tolist() == [0, 85] and high_frequency(x).tolist() == [0, 0]
+    assert saturation(x).tolist() == [0, .5]
+    noisy = (x + .1 * torch.randn(x.shape, generator=make_gen(0))).clamp(0, 1)
+    assert (high_frequency(noisy) > high_frequency(x)).all()
+
+
+def test_row(row):
+    assert set(row) == KEYS and list(row["judges"]) == ["shape", "colour", "motion", "clean"]
+    assert (row["model"], row["steps"], row["nfe"], row["videos"], row["seed"]) == ("drawn", 4, 8, 48, 0)
+    assert math.isclose(row["mean"], sum(row["judges"].values()) / 4, rel_tol=1e-6) and row["mean"] > .95
+    assert row["seconds_per_video"] > 0 and row["motion_amount"] > 0 and 0 <= row["ci95"] < .1
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_every_sampler_gets_the_same_calls_and_the_first_is_not_counted(net):
+    calls = []
+    def slow_start(prompts, seed):
+        import time
+        time.sleep(.4 if not calls else 0)
+        calls.append((tuple(prompts), seed)); return drawn(prompts, seed)
+    r = evaluate(Sampler("x", 1, 1, slow_start), HELD[:5], net, seed=3, repeats=3, batch=4)
+    assert [len(p) for p, _ in calls] == [4, 4, 4, 4, 3] and [s for _, s in calls] == [3000, 3000, 3001, 3002, 3003]
+    assert sum((p for p, _ in calls[1:]), ()) == tuple(HELD[:5] * 3)
+    assert r["videos"] == 15 and r["seconds_per_video"] < .1
+    again = evaluate(Sampler("x", 1, 1, drawn), HELD[:5], net, seed=3, repeats=3, batch=4)
+    assert again | dict(seconds_per_video=0) == r | dict(seconds_per_video=0)
+
+
+def test_interval_is_over_prompts_not_videos(net):
+    "Half of the prompts always right, half always wrong in shape, colour and motion: repeats do not help"
+    other = {p: HELD[0] if i % 2 else p for i, p in enumerate(HELD)}
+    lazy = Sampler("lazy", 1, 1, lambda prompts, seed: drawn([other[p] for p in prompts], seed))
+    few, many = [evaluate(lazy, HELD, net, repeats=n)["ci95"] for n in (1, 6)]
+    assert .08 < few and abs(few - many) < .03
+
+
+def test_bootstrap():
+    assert half_width(bootstrap([.5] * 9)) == 0
+    assert abs(half_width(bootstrap([0.] * 50 + [1.] * 50)) - 1.96 * .05) < .015
+    assert (bootstrap([0, 1, 1], seed=1) == bootstrap([0, 1, 1], seed=1)).all() and len(bootstrap([0, 1])) == 1000
+
+
+def test_summary(row):
+    rows = [row | dict(mean=m, seed=i) for i, m in enumerate((.5, .6, .7))] + [row | dict(steps=8)]
+    a, b = summarise(rows)
+    assert (a["n"], a["videos"], round(a["mean"], 6), round(a["std"], 6)) == (3, 144, .6, .1)
+    assert b["steps"] == 8 and b["n"] == 1 and b["std"] is None
+
+
+def test_tables(row, capsys):
+    for rows in ([row, row | dict(model="a|b")], summarise([row])):
+        md = markdown_table(rows).splitlines()
+        assert len(md) == len(rows) + 2 and len({len(re.findall(r"(?<!\\)\|", l)) for l in md}) == 1
+        print_table(rows)
+        out = capsys.readouterr().out.splitlines()
+        assert len(out) == len(rows) + 1 and len({len(l) for l in out}) == 1
+
+
+def test_curves():
+    looks = [dict(step=i, shape=.5, r_img=1.) for i in (0, 50)]
+    svg = curves_svg(dict(train=[dict(step=1, cd=.1, loss=.2)], looks=looks))
+    assert [t in svg for t in PANELS] == [True, True, True, False] and "currentColor" in svg
+    assert curves_svg({}) == curves_svg(dict(train=[], looks=[])) == ""
+
+
+@pytest.fixture
+def report(tmp_path, row):
+    looks = [dict(step=i, **{k: .1 * i for k in ("shape", "colour", "motion", "clean", "r_img")}) for i in range(5)]
+    clips = {n: drawn(HELD[:2], 0) for n in ("teacher, 50 steps", "cd, 4 steps", "turbo, 4 steps")}
+    return write_report(tmp_path / "out", [row, row | dict(model="<b>&")], dict(looks=looks), HELD[:2], clips,
+                        dict(lr=1e-3, out="</pre><script>"))
+
+
+def test_results_round_trip(report, row):
+    assert json.loads((report.parent / "results.json").read_text()) == [row, row | dict(model="<b>&")]
+    assert sorted(p.name for p in report.parent.iterdir()) == ["report.html", "results.json"]
+
+
+def test_report_is_self_contained(report):
+    html, seen = report.read_text(encoding="utf-8"), []
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            seen.append(tag)
+            for k, v in attrs:
+                outside = k in ("src", "href", "xlink:href", "data", "poster") and not v.startswith(("data:", "#"))
+                assert not outside, (tag, k, v[:80])
+    Reader().feed(html)
+    assert seen.count("video") == 6 and seen.count("svg") == 1 and seen.count("details") == 1
+    assert not {"script", "link", "iframe", "b"} & set(seen)
+    assert not re.search(r"@import|url\((?!['\"]?(data:|#))", html)
+    assert all(p in html for p in HELD[:2]) and "prefers-color-scheme: dark" in html
+
+
+def test_failed_report_leaves_the_old_one(report, row, tmp_path):
+    before = report.read_bytes()
+    with pytest.raises(UserError, match="'cd' has 1 clips for 2 prompts"):
+        write_report(report.parent, [row], {}, HELD[:2], {"cd": drawn(HELD[:1], 0)}, {})
+    assert report.read_bytes() == before
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not on PATH")
+def test_report_opens_in_a_browser(report, tmp_path):
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,1400", "--virtual-time-budget=3000"]
+    run = subprocess.run(["chromium", *flags, "--dump-dom", report.as_uri()], capture_output=True, text=True,
+                         timeout=120, env=os.environ | {"HOME": str(tmp_path)})
+    assert run.returncode == 0 and run.stdout.count("<video") == 6 and "</svg>" in run.stdout
+    assert "&lt;b&gt;&amp;" in run.stdout

@@ -1,0 +1,242 @@
+"The house rules of CONTRIBUTING.md, checked on whatever notebooks and modules there are."
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS, LIB = ROOT / "nbs", ROOT / "t2v_turbo"
+BANNED = {"torchvision", "timm", "open_clip", "decord", "pickle"}
+
+
+def visible(p, base):
+    return not any(s[0] in "_." for s in p.relative_to(base).parts)
+
+
+def src(cell):
+    s = cell["source"]
+    return s if isinstance(s, str) else "".join(s)
+
+
+def flags(cell):
+    return {m.split()[0] for m in re.findall(r"^#\|\s*(\S.*)$", src(cell), flags=re.M)}
+
+
+def is_export(cell):
+    return cell["cell_type"] == "code" and bool(flags(cell) & {"export", "exports", "exporti"})
+
+
+def cells(nb):
+    return json.loads(nb.read_text(encoding="utf-8"))["cells"]
+
+
+def module_of(nb):
+    "`default_exp` of a notebook, or None"
+    found = (re.search(r"^#\|\s*default_exp\s+(\S+)", src(c), flags=re.M)
+             for c in cells(nb) if c["cell_type"] == "code")
+    return next((m[1] for m in found if m), None)
+
+
+def rel(p):
+    return p.relative_to(ROOT).as_posix()
+
+
+notebooks = sorted(p for p in NBS.rglob("*.ipynb") if visible(p, NBS))
+numbered = [p for p in notebooks if p.parent == NBS and re.match(r"\d\d", p.name)]
+others = [p for p in notebooks if p not in numbered]
+modules = sorted(p for p in LIB.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+each_nb = pytest.mark.parametrize("nb", notebooks, ids=rel)
+each_numbered = pytest.mark.parametrize("nb", numbered, ids=rel)
+each_other = pytest.mark.parametrize("nb", others, ids=rel)
+each_module = pytest.mark.parametrize("py", modules, ids=rel)
+
+
+def python(code, cwd, tmp=None):
+    "Run `code` in a fresh interpreter. nbdev does nothing under IN_TEST, so that goes."
+    env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    if tmp:
+        env["JUPYTER_DATA_DIR"] = str(tmp / "jupyter")
+    run = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, text=True,
+                         stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
+    assert run.returncode == 0, f"`{code}` failed:\n{run.stdout}\n{run.stderr}"
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def regenerated(tmp_path_factory):
+    "A copy of the repository, its modules deleted, then cleaned and exported again"
+    tmp = tmp_path_factory.mktemp("house")
+    copy = tmp / "repo"
+    skip = shutil.ignore_patterns("__pycache__", "weights", ".ipynb_checkpoints", "*_files")
+    for d in ("nbs", "t2v_turbo"):
+        shutil.copytree(ROOT / d, copy / d, ignore=skip)
+    for f in ("settings.ini", "setup.py", "pyproject.toml", "README.md"):
+        if (ROOT / f).exists():
+            shutil.copy(ROOT / f, copy / f)
+    for p in (copy / "t2v_turbo").rglob("*.py"):
+        if p.name != "__init__.py":
+            p.unlink()
+    python("from nbdev.doclinks import nbdev_export; "
+           "from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()", copy, tmp)
+    return copy
+
+
+def test_there_is_something_to_check():
+    assert len(notebooks) >= 12, f"only {len(notebooks)} notebooks in nbs/"
+    assert len(modules) >= 12, f"only {len(modules)} modules in t2v_turbo/"
+
+
+# --- exports and order ---------------------------------------------------------------------------
+
+def test_modules_are_what_the_notebooks_export(regenerated):
+    def tree(d):
+        return {p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob("*.py")}
+    have, want = tree(LIB), tree(regenerated / "t2v_turbo")
+    assert not (lost := sorted(want.keys() - have.keys())), f"not exported yet: {lost}"
+    assert not (stray := sorted(have.keys() - want.keys())), f"no notebook exports {stray}"
+    stale = sorted(k for k in want if have[k] != want[k])
+    assert not stale, f"t2v_turbo/{stale} differ from their notebooks; run nbdev_export"
+
+
+def imported(code, module):
+    "Modules of this package that `code`, exported as `module`, imports"
+    package = ["t2v_turbo", *module.split(".")[:-1]]
+    for n in ast.walk(ast.parse(code)):
+        if isinstance(n, ast.Import):
+            names = [a.name.split(".") for a in n.names]
+        elif isinstance(n, ast.ImportFrom):
+            base = package[:len(package) + 1 - n.level] if n.level else []
+            base = base + (n.module.split(".") if n.module else [])
+            names = [[*base, a.name] for a in n.names] + [base]
+        else:
+            continue
+        yield from (".".join(x[1:]) for x in names if x[0] == "t2v_turbo" and len(x) > 1)
+
+
+@each_numbered
+def test_notebook_imports_only_from_earlier_ones(nb):
+    order = {module_of(p): i for i, p in enumerate(numbered)}
+    mine = module_of(nb)
+    assert mine, f"{nb.name} has no `#| default_exp`"
+    code = [src(c) for c in cells(nb) if is_export(c)]
+    py = LIB / (mine.replace(".", "/") + ".py")
+    code += [py.read_text(encoding="utf-8")] if py.exists() else []
+    names = {m for s in code for m in imported(s, mine)} & order.keys() - {mine}
+    late = sorted(m for m in names if order[m] >= order[mine])
+    assert not late, f"{nb.name} ({mine}) imports from later notebooks: {late}"
+
+
+@each_other
+def test_other_notebooks_import_and_never_export(nb):
+    bad = [i for i, c in enumerate(cells(nb)) if is_export(c)]
+    assert not bad, f"{rel(nb)} is not numbered but exports cells {bad}"
+    assert module_of(nb) is None, f"{rel(nb)} is not numbered but has a default_exp"
+
+
+# --- notebooks -----------------------------------------------------------------------------------
+
+@each_nb
+def test_notebook_is_small(nb):
+    kb = nb.stat().st_size / 1000
+    assert kb < 600, f"{rel(nb)} has {kb:.0f} kB; the limit is 600"
+
+
+@each_nb
+def test_notebook_is_clean(nb, regenerated):
+    same = nb.read_bytes() == (regenerated / rel(nb)).read_bytes()
+    assert same, f"{rel(nb)} is not clean; run nbdev_clean"
+
+
+@each_nb
+def test_notebook_stores_its_outputs(nb):
+    code = [c for c in cells(nb) if c["cell_type"] == "code"]
+    outs = [o for c in code for o in c["outputs"]]
+    errors = [o["ename"] for o in outs if o["output_type"] == "error"]
+    assert not errors, f"{rel(nb)} stores error output: {errors}"
+    if nb in others and not code:
+        return
+    assert outs, f"{rel(nb)} stores no outputs; run it from top to bottom"
+    plots = re.compile(r"\b(plt\.|ax\.|axs?\[|show_strips\()")
+    if any(plots.search(src(c)) and not is_export(c) for c in code):
+        images = [o for o in outs if {"image/png", "image/svg+xml"} & o.get("data", {}).keys()]
+        assert images, f"{rel(nb)} plots but stores no image"
+
+
+@each_nb
+def test_export_cells_are_short(nb):
+    for i, c in enumerate(cells(nb)):
+        if not is_export(c):
+            continue
+        lines = src(c).splitlines()
+        code = [s for s in lines if s.strip() and not s.lstrip().startswith("#")]
+        assert len(code) <= 40, f"{rel(nb)} cell {i} exports {len(code)} lines of code (40 allowed)"
+        wide = [s for s in lines if len(s) > 100]
+        assert not wide, f"{rel(nb)} cell {i} has a line of {len(wide[0])} columns: {wide[0][:60]}.."
+
+
+def test_readme_is_the_rendered_index():
+    if not (NBS / "index.ipynb").exists():
+        pytest.skip("no nbs/index.ipynb yet")
+    python("import runpy, sys; sys.argv = ['readme.py', '--check']; "
+           "runpy.run_path('tools/readme.py', run_name='__main__')", ROOT)
+
+
+# --- modules -------------------------------------------------------------------------------------
+
+@each_module
+def test_no_banned_import_and_no_unsafe_loading(py):
+    for n in ast.walk(ast.parse(py.read_text(encoding="utf-8"))):
+        at = f"{rel(py)}:{getattr(n, 'lineno', 0)}"
+        names = [a.name for a in n.names] if isinstance(n, ast.Import) else []
+        names += [n.module or ""] if isinstance(n, ast.ImportFrom) else []
+        bad = {s.split(".")[0] for s in names} & BANNED
+        assert not bad, f"{at} imports {sorted(bad)}"
+        if not isinstance(n, ast.Call):
+            continue
+        kw = {k.arg: ast.unparse(k.value) for k in n.keywords}
+        safe = ast.unparse(n.func) != "torch.load" or kw.get("weights_only") == "True"
+        assert safe, f"{at} calls torch.load without weights_only=True"
+        assert kw.get("allow_pickle", "False") == "False", f"{at} allows pickle"
+
+
+def test_the_package_and_its_mathematics_do_without_diffusers():
+    light = ("core", "schedule", "gaussian", "solver", "consistency", "world")
+    names = ["t2v_turbo"] + [f"t2v_turbo.{m}" for m in light if (LIB / f"{m}.py").exists()]
+    check = "; assert 'diffusers' not in sys.modules, '{0} imports diffusers'"
+    python("; ".join(["import sys", *(("import {0}" + check).format(m) for m in names)]), ROOT)
+
+
+def public(py):
+    "Functions and classes of a module's `__all__`, as syntax trees"
+    tree = ast.parse(py.read_text(encoding="utf-8"))
+    names = {ast.literal_eval(e) for n in tree.body if isinstance(n, ast.Assign)
+             and ast.unparse(n.targets[0]) == "__all__" for e in n.value.elts}
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return [n for n in tree.body if isinstance(n, kinds) and n.name in names]
+
+
+@each_module
+def test_public_names_have_docstrings(py):
+    bare = [n.name for n in public(py) if not ast.get_docstring(n)]
+    assert not bare, f"{rel(py)}: no docstring on {bare}"
+
+
+@each_module
+def test_public_parameters_are_annotated_or_explained(py):
+    lines = py.read_text(encoding="utf-8").splitlines()
+    bare = []
+    for n in public(py):
+        inits = [m for m in n.body if getattr(m, "name", "") == "__init__"]
+        for f in inits if isinstance(n, ast.ClassDef) else [n]:
+            a = f.args
+            for p in [*a.posonlyargs, *a.args, *a.kwonlyargs]:
+                explained = re.search(r"#\s*\S", lines[p.lineno - 1])
+                if p.arg not in ("self", "cls") and not p.annotation and not explained:
+                    bare.append(f"{n.name}({p.arg})")
+    assert not bare, f"{rel(py)}: neither annotation nor comment on {bare}"

@@ -1,0 +1,93 @@
+"Training: the objective on one and on two processes, kills and resumes, through the real commands"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+ONE_STEP = """
+import sys, torch
+from t2v_turbo.train import Config, Trainer
+out, where = sys.argv[1:]
+trainer = Trainer(Config(out=out, batch=4, rank=4, seed=3))
+with torch.no_grad():                      # away from B = 0, so that every weight has a gradient
+    gen = torch.Generator().manual_seed(0)
+    for p in trainer.params: p.add_(.02 * torch.randn(p.shape, generator=gen))
+row = trainer.backward()
+if trainer.accelerator.is_main_process:
+    torch.save(dict(row=row, grads=[p.grad for p in trainer.params]), where)
+"""
+
+
+def launch(n, script, *args):
+    cmd = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes",
+           str(n), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    if n > 1: cmd.append("--multi_cpu") if "--multi_cpu" in _launch_help() else None
+    return subprocess.run([*cmd, str(script), *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def _launch_help(seen=[]):
+    if not seen:
+        seen.append(subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--help"],
+                                   capture_output=True, text=True).stdout)
+    return seen[0]
+
+
+def test_two_processes_have_the_objective_of_one(tmp_path):
+    script = tmp_path / "one_step.py"; script.write_text(ONE_STEP)
+    got = {}
+    for n in (1, 2):
+        run = launch(n, script, tmp_path / f"out{n}", tmp_path / f"{n}.pt")
+        assert run.returncode == 0, run.stderr[-2000:]
+        got[n] = torch.load(tmp_path / f"{n}.pt", weights_only=True)
+    assert got[1]["row"].keys() == got[2]["row"].keys()
+    for k, v in got[1]["row"].items(): assert abs(v - got[2]["row"][k]) < 1e-5, k
+    assert all(g.abs().sum() > 0 for g in got[1]["grads"])
+    for a, b in zip(got[1]["grads"], got[2]["grads"]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def distill(out, *more, wait=True):
+    cmd = [sys.executable, "-m", "t2v_turbo.cli", "distill", "--out", str(out), "--steps", "8", "--batch", "2",
+           "--rank", "4", "--save_every", "2", "--eval_every", "0", "--repeats", "1", *more]
+    p = subprocess.Popen(cmd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return p.communicate(timeout=300) + (p.returncode,) if wait else p
+
+
+def test_killed_and_resumed_is_bit_identical(tmp_path):
+    out, err, rc = distill(tmp_path / "whole")
+    assert rc == 0, err[-2000:]
+    p, log = distill(tmp_path / "cut", wait=False), tmp_path / "cut" / "log.jsonl"
+    for _ in range(1200):                       # kill it as soon as it has done three steps
+        if log.is_file() and len(log.read_text().splitlines()) >= 3: break
+        time.sleep(.1)
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert (tmp_path / "cut" / "run.lock").is_file() and not (tmp_path / "cut" / "results.json").is_file()
+    out, err, rc = distill(tmp_path / "cut")
+    assert rc == 0, err[-2000:]
+    assert "resumed at step" in out
+    a, b = (load_file(tmp_path / d / "student" / "adapter_model.safetensors") for d in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    logs = [[json.loads(l) for l in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("whole", "cut")]
+    assert [r["step"] for r in logs[1]] == list(range(1, 9))
+    assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
+    rows = json.loads((tmp_path / "cut" / "results.json").read_text())
+    assert [(r["model"], r["steps"], r["nfe"]) for r in rows] == [("teacher", 50, 100), ("cd", 4, 4), ("turbo", 4, 4)]
+    for r in rows: assert {"seconds_per_video", "judges", "mean"} <= r.keys()
+    assert "<video" in (tmp_path / "cut" / "report.html").read_text()
+
+
+def test_unshareable_batch_is_refused(tmp_path):
+    script = tmp_path / "odd.py"
+    script.write_text("from t2v_turbo.cli import main\nraise SystemExit(main(['distill', '--batch', '3', "
+                      f"'--out', {str(tmp_path / 'o')!r}]))")
+    run = launch(2, script)
+    assert run.returncode != 0 and "batch 3 cannot be shared by 2 processes" in run.stderr
+    assert not (tmp_path / "o").exists()
