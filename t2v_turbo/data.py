@@ -59,7 +59,7 @@ def _table(path):
     rows, clips = _csv_rows if path.suffix == ".csv" else _jsonl_rows, []
     for line, row in rows(path):
         if not row.get("file") or "caption" not in row: raise UserError(
-            f"Line {line} of {path} has no file or no caption: give each row both, under these names.")
+            f"Line {line} of {path} has no file or no caption: give each row both.")
         video = path.parent/str(row["file"])
         if not video.is_file(): raise UserError(
             f"Line {line} of {path} names {row['file']}, but {path.parent} has no such file: "

@@ -41,7 +41,7 @@ class Judge(nn.Module):
 
     def forward(self,
                 clips:Tensor, # `(b 3 t h w)` in [0,1]
-               )->dict: # logits: `shape` `(b 4)`, `colour` `(b 5)`, `motion` `(b 6)`, `clean` `(b 2)`
+               )->dict: # logits of shape (b 4), colour (b 5), motion (b 6), clean (b 2)
         h = F.silu(self.tower(clips))
         return {k: head(h) for k, head in self.heads.items()}
 

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,22 +23,18 @@ with torch.no_grad():                      # away from B = 0, so that every weig
     for p in trainer.params: p.add_(.02 * torch.randn(p.shape, generator=gen))
 row = trainer.backward()
 if trainer.accelerator.is_main_process:
-    torch.save(dict(row=row, grads=[p.grad for p in trainer.params]), where)
+    n = trainer.accelerator.num_processes
+    torch.save(dict(n=n, row=row, grads=[p.grad for p in trainer.params]), where)
 """
 
 
 def launch(n, script, *args):
-    cmd = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--num_processes",
-           str(n), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    if n > 1: cmd.append("--multi_cpu") if "--multi_cpu" in _launch_help() else None
-    return subprocess.run([*cmd, str(script), *map(str, args)], env=ENV, capture_output=True, text=True, timeout=300)
-
-
-def _launch_help(seen=[]):
-    if not seen:
-        seen.append(subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--help"],
-                                   capture_output=True, text=True).stdout)
-    return seen[0]
+    "n gloo processes; accelerate's own launcher starts several CPU processes through MPI only"
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    cmd = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(n),
+           "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return subprocess.run([*cmd, str(script), *map(str, args)], env={**ENV, "ACCELERATE_USE_CPU": "true"},
+                          capture_output=True, text=True, timeout=300)
 
 
 def test_two_processes_have_the_objective_of_one(tmp_path):
@@ -47,6 +44,7 @@ def test_two_processes_have_the_objective_of_one(tmp_path):
         run = launch(n, script, tmp_path / f"out{n}", tmp_path / f"{n}.pt")
         assert run.returncode == 0, run.stderr[-2000:]
         got[n] = torch.load(tmp_path / f"{n}.pt", weights_only=True)
+    assert [got[n]["n"] for n in (1, 2)] == [1, 2]
     assert got[1]["row"].keys() == got[2]["row"].keys()
     for k, v in got[1]["row"].items(): assert abs(v - got[2]["row"][k]) < 1e-5, k
     assert all(g.abs().sum() > 0 for g in got[1]["grads"])
