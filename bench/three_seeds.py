@@ -1,4 +1,5 @@
 """The table of the paper in miniature: teacher 50 and 4 steps, plain CD, +R_img, +R_vid, both; three seeds.
+And both with J = R instead of J = log sigmoid(R).
 
     python bench/three_seeds.py runs/seeds            # everything; goes on where it was
     python bench/three_seeds.py runs/seeds --jobs 2   # two trainings at a time, one thread each
@@ -13,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-VARIANTS = {"cd": (0, 0), "cd + R_img": (1, 0), "cd + R_vid": (0, 1), "turbo (both)": (1, 1)}
+VARIANTS = {"cd": (0, 0, "log_sigmoid"), "cd + R_img": (1, 0, "log_sigmoid"), "cd + R_vid": (0, 1, "log_sigmoid"),
+            "turbo (both)": (1, 1, "log_sigmoid"), "turbo, raw R": (1, 1, "raw")}
 TRAIN = """
 import json, sys
 from pathlib import Path
@@ -23,12 +25,14 @@ out, seed, steps, kw = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loa
 trainer = Trainer(Config(out=out, seed=seed, steps=steps, objective=Objective(**kw)))
 with claim(out):
     trainer.resume()
-    watch(trainer, DistillOptions(eval_every=50))
+    watch(trainer, DistillOptions(eval_every=25))
 (Path(out) / "done").touch()
 """
 
 
-def run_name(variant, seed): return f"{variant.replace(' ', '').replace('(', '-').replace(')', '')}-{seed}"
+def run_name(variant, seed):
+    "A folder name for one run"
+    return "-".join("".join(c if c.isalnum() else " " for c in f"{variant} {seed}").split())
 
 
 def train_all(out, a):
@@ -39,7 +43,7 @@ def train_all(out, a):
     while todo or live:
         while todo and len(live) < a.jobs:
             v, s = todo.pop(0)
-            kw = dict(beta_img=VARIANTS[v][0] * a.beta_img, beta_vid=VARIANTS[v][1] * a.beta_vid, shape=a.shape)
+            kw = dict(beta_img=VARIANTS[v][0] * a.beta_img, beta_vid=VARIANTS[v][1] * a.beta_vid, shape=VARIANTS[v][2])
             folder = out / run_name(v, s); folder.mkdir(parents=True, exist_ok=True)
             log = (folder / "stderr.txt").open("w")
             live.append((v, s, subprocess.Popen([sys.executable, "-c", TRAIN, str(folder), str(s), str(a.steps),
@@ -62,7 +66,7 @@ def main():
     p.add_argument("--steps", type=int, default=Config.steps); p.add_argument("--repeats", type=int, default=4)
     p.add_argument("--beta_img", type=float, default=Objective.beta_img)
     p.add_argument("--beta_vid", type=float, default=Objective.beta_vid)
-    p.add_argument("--shape", default=Objective.shape); p.add_argument("--w", type=float, default=4.)
+    p.add_argument("--w", type=float, default=4.)
     p.add_argument("--sweep", default="1,2,4,6", help="guidance scales tried for the 50-step teacher")
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)

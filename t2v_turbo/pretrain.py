@@ -209,7 +209,7 @@ def rate(i:int,     # step
 # %% ../nbs/16_pretrain.ipynb #91ee09ef
 def train_teacher(vae:AutoencoderKL, # frozen, without latent statistics
                   clips:int=15360,   # training clips
-                  steps:int=3600,    # optimiser steps
+                  steps:int=5200,    # optimiser steps
                   batch:int=32,      # clips a step
                   seed:int=0,        # of everything
                  )->Teacher:
@@ -228,7 +228,7 @@ def train_teacher(vae:AutoencoderKL, # frozen, without latent statistics
         for g in opt.param_groups: g["lr"] = rate(i, steps)
         j = torch.randint(len(z0), (batch,), generator=gen)
         ids = tokenize(tok, noisy_captions(attrs[j], gen))
-        t = torch.randint(0, 1000, (batch,), generator=gen)
+        t = (1000 * torch.rand(batch, generator=gen).sqrt()).long().clamp(0, 999)
         eps = torch.randn(z0[j].shape, generator=gen)
         zt = teacher.schedule.add_noise(z0[j], eps, t)
         v = teacher.schedule.v(z0[j], eps, t)
@@ -265,9 +265,9 @@ def pretrain(out:Path,         # folder for the weights, laid out as in the pack
     pool = lambda seed: judged_clips_in_parts(vae, n(14400), make_gen(seed))
     keep("judges", lambda: train_judge(pool(101), n(5000)).state_dict())
     keep("tiny-video", lambda: train_reward("tiny-video", pool(20), n(5000), 20).state_dict())
-    keep("tiny-image", lambda: train_reward("tiny-image", pool(20), n(4000), 10).state_dict())
+    keep("tiny-image", lambda: train_reward("tiny-image", pool(20), n(11000), 10).state_dict())
     if not (out / "tiny" / "teacher.json").is_file():
-        save_teacher(train_teacher(vae, n(15360), n(3600)), out / "tiny")
+        save_teacher(train_teacher(vae, n(15360), n(5200)), out / "tiny")
 
 def judged_clips_in_parts(vae:AutoencoderKL,   # frozen
                           n:int,               # clips

@@ -34,9 +34,9 @@ class Config:
     out:str = "runs/turbo"     # folder for everything that is written
     teacher:str = "tiny"       # `tiny`, or a folder that holds a teacher
     data:str = ""              # folder of real clips with captions; empty renders the tiny world
-    steps:int = 250            # optimiser steps
+    steps:int = 500            # optimiser steps
     batch:int = 8              # clips a step, over all processes together
-    lr:float = 5e-4            # learning rate of AdamW, constant
+    lr:float = 3e-4            # learning rate of AdamW, constant
     rank:int = 16              # LoRA rank
     ema:float = 0.             # decay of the target's EMA; 0: stop-gradient of the student
     clip:float = 1.            # gradient norm is clipped to this

@@ -45,6 +45,9 @@ class TinyVideoDenoiser(WanTransformer3DModel):
                          out_channels, text_dim, freq_dim, ffn_dim, num_layers,
                          rope_max_seq_len=rope_max_seq_len)
         self.text_pool = nn.Linear(text_dim, freq_dim)
+        place = lambda: nn.Embedding(rope_max_seq_len, num_attention_heads * attention_head_dim)
+        self.frame, self.row, self.column = place(), place(), place()
+        for m in (self.frame, self.row, self.column): nn.init.zeros_(m.weight)
         self.cond_proj = nn.Linear(time_cond_proj_dim, freq_dim, bias=False)
         zero_w_projection(self)
 
@@ -55,14 +58,19 @@ class TinyVideoDenoiser(WanTransformer3DModel):
                 timestep_cond:Tensor=None,     # guidance embedding `(b 256)`
                 return_dict:bool=True,         # as everywhere in diffusers
                ):
-        "Velocity prediction; mean text and guidance are added to the time sinusoid"
+        "Velocity prediction; mean text and guidance join the time, places the patches"
         add = self.text_pool(encoder_hidden_states.mean(1))
         if timestep_cond is not None: add = add + self.cond_proj(timestep_cond)
         first = self.condition_embedder.time_embedder.linear_1
-        hook = first.register_forward_pre_hook(lambda _, x: (x[0] + add,))
+        hooks = [first.register_forward_pre_hook(lambda _, x: (x[0] + add,)),
+                 self.patch_embedding.register_forward_hook(self._add_places)]
         ctx = encoder_hidden_states
         try: return super().forward(sample, timestep, ctx, return_dict=return_dict)
-        finally: hook.remove()
+        finally: [h.remove() for h in hooks]
+
+    def _add_places(self, _, inputs, y):
+        f, r, c = (m.weight[:n].T for m, n in zip((self.frame, self.row, self.column), y.shape[2:]))
+        return y + f[None, :, :, None, None] + r[None, :, None, :, None] + c[None, :, None, None, :]
 
 # %% ../../nbs/08_tiny_teacher.ipynb #aca2cca8
 def tiny_tokenizer()->PreTrainedTokenizerFast:
