@@ -14,6 +14,7 @@ import torch
 from diffusers import (AutoencoderKL, ConfigMixin, DDIMScheduler, ModelMixin,
                        WanTransformer3DModel)
 from diffusers.configuration_utils import register_to_config
+from fastcore.basics import patch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
@@ -21,6 +22,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from ..core import UserError
 from .base import Teacher, zero_w_projection
 from ..world import COLOURS, MOTIONS, SHAPES
+
+# %% ../../nbs/08_tiny_teacher.ipynb #267cbb1c
+def _places(n, dim):
+    e = nn.Embedding(n, dim)
+    nn.init.zeros_(e.weight)
+    return e
 
 # %% ../../nbs/08_tiny_teacher.ipynb #7d4c2caf
 class TinyVideoDenoiser(WanTransformer3DModel):
@@ -45,9 +52,8 @@ class TinyVideoDenoiser(WanTransformer3DModel):
                          out_channels, text_dim, freq_dim, ffn_dim, num_layers,
                          rope_max_seq_len=rope_max_seq_len)
         self.text_pool = nn.Linear(text_dim, freq_dim)
-        place = lambda: nn.Embedding(rope_max_seq_len, num_attention_heads * attention_head_dim)
-        self.frame, self.row, self.column = place(), place(), place()
-        for m in (self.frame, self.row, self.column): nn.init.zeros_(m.weight)
+        dim = num_attention_heads * attention_head_dim
+        self.frame, self.row, self.column = (_places(rope_max_seq_len, dim) for _ in range(3))
         self.cond_proj = nn.Linear(time_cond_proj_dim, freq_dim, bias=False)
         zero_w_projection(self)
 
@@ -59,18 +65,19 @@ class TinyVideoDenoiser(WanTransformer3DModel):
                 return_dict:bool=True,         # as everywhere in diffusers
                ):
         "Velocity prediction; mean text and guidance join the time, places the patches"
-        add = self.text_pool(encoder_hidden_states.mean(1))
+        ctx, first = encoder_hidden_states, self.condition_embedder.time_embedder.linear_1
+        add = self.text_pool(ctx.mean(1))
         if timestep_cond is not None: add = add + self.cond_proj(timestep_cond)
-        first = self.condition_embedder.time_embedder.linear_1
         hooks = [first.register_forward_pre_hook(lambda _, x: (x[0] + add,)),
                  self.patch_embedding.register_forward_hook(self._add_places)]
-        ctx = encoder_hidden_states
         try: return super().forward(sample, timestep, ctx, return_dict=return_dict)
         finally: [h.remove() for h in hooks]
 
-    def _add_places(self, _, inputs, y):
-        f, r, c = (m.weight[:n].T for m, n in zip((self.frame, self.row, self.column), y.shape[2:]))
-        return y + f[None, :, :, None, None] + r[None, :, None, :, None] + c[None, :, None, None, :]
+# %% ../../nbs/08_tiny_teacher.ipynb #964cfd98
+@patch
+def _add_places(self:TinyVideoDenoiser, module, inputs, y):
+    f, r, c = (m.weight[:n].T for m, n in zip((self.frame, self.row, self.column), y.shape[2:]))
+    return y + f[None, :, :, None, None] + r[None, :, None, :, None] + c[None, :, None, None, :]
 
 # %% ../../nbs/08_tiny_teacher.ipynb #aca2cca8
 def tiny_tokenizer()->PreTrainedTokenizerFast:
