@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ..core import UserError
-from .base import Teacher, zero_w_projection
+from .base import Teacher
 from ..world import COLOURS, MOTIONS, SHAPES
 
-# %% ../../nbs/08_tiny_teacher.ipynb #267cbb1c
-def _places(n, dim):
-    e = nn.Embedding(n, dim)
-    nn.init.zeros_(e.weight)
-    return e
+# %% ../../nbs/08_tiny_teacher.ipynb #717ac053
+def _zeroed(layer):
+    nn.init.zeros_(layer.weight)
+    return layer
 
 # %% ../../nbs/08_tiny_teacher.ipynb #7d4c2caf
 class TinyVideoDenoiser(WanTransformer3DModel):
@@ -52,10 +51,9 @@ class TinyVideoDenoiser(WanTransformer3DModel):
                          out_channels, text_dim, freq_dim, ffn_dim, num_layers,
                          rope_max_seq_len=rope_max_seq_len)
         self.text_pool = nn.Linear(text_dim, freq_dim)
-        dim = num_attention_heads * attention_head_dim
-        self.frame, self.row, self.column = (_places(rope_max_seq_len, dim) for _ in range(3))
-        self.cond_proj = nn.Linear(time_cond_proj_dim, freq_dim, bias=False)
-        zero_w_projection(self)
+        places, dim = rope_max_seq_len, num_attention_heads * attention_head_dim
+        self.frame, self.row, self.column = (_zeroed(nn.Embedding(places, dim)) for _ in range(3))
+        self.cond_proj = _zeroed(nn.Linear(time_cond_proj_dim, freq_dim, bias=False))
 
     def forward(self,
                 sample:Tensor,                 # noisy latents `(b c t h w)`
@@ -113,7 +111,8 @@ def tiny_text_encoder()->CLIPTextModel:
 def tiny_scheduler()->DDIMScheduler:
     "The noise schedule of ModelScopeT2V and VideoCrafter2, with v-prediction"
     return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
-                         prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+                         prediction_type="v_prediction", clip_sample=False,
+                         set_alpha_to_one=False, steps_offset=1)
 
 # %% ../../nbs/08_tiny_teacher.ipynb #4c18fb4c
 WEIGHTS = Path(__file__).parent.parent / "weights" if "__file__" in globals() else None
