@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .consistency import pseudo_huber
+from .consistency import cd_loss
 from .core import UserError
 from .rewards.base import (SHAPES_OF_J, objective, per_frame, random_frames,
                                     strided_frames)
@@ -117,7 +117,7 @@ class Distillation(nn.Module):
                 z_prev = guided_step(self.ddim, teacher.denoise, zt, d.index, d.w, ctx, null)
             with target_weights(): target = self.student(z_prev, t_prev, ctx, d.w)
         x0 = self.student(zt, t, ctx, d.w)
-        cd = pseudo_huber(x0, target, self.cfg.huber_c)            # eq. 6
+        cd = cd_loss(x0, target, self.cfg.huber_c)                 # eq. 6
         j_img, j_vid, r_img, r_vid = self.rewards(x0, prompts, d)  # eq. 8 and 9
         loss = cd - self.cfg.beta_img * j_img - self.cfg.beta_vid * j_vid
         return StepOut(loss, *(v.detach() for v in (cd, j_img, j_vid, r_img, r_vid, x0)))

@@ -17,9 +17,9 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import nn
 
-from .core import UserError, atomic, make_gen, write_json
+from .core import UserError, atomic, make_gen
 from .data import ClipFolder
 from .distill import Distillation, Objective, draw
 from .rewards.tiny import load_reward

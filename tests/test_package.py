@@ -1,6 +1,4 @@
 "What ships: small, without pickle, and loadable"
-from pathlib import Path
-
 import torch
 from diffusers import DDIMScheduler, UNet3DConditionModel
 

@@ -6,9 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
