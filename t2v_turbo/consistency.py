@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from .core import UserError, expand_to
 from .schedule import Schedule
-from .solver import ddim_grid, ddim_step
+from .solver import ddim_grid
 
 # %% ../nbs/04_consistency.ipynb #6ed4bb01
 def boundary(t:Tensor,                      # timesteps (b,)
@@ -82,9 +82,8 @@ def few_step_sample(f,                 # consistency function (z (b, ...), t (b,
                     noise,             # callable, step number i -> fresh noise like `z`
                    ):                  # yields (t, denoised, z_next)
     "Jump to the end, noise back, jump again; the last `denoised` is the sample"
-    abar = schedule.abar.to(z.device)
+    at = lambda t: torch.full((len(z),), t, device=z.device)
     for i, t in enumerate(steps):
-        denoised = f(z, torch.full((len(z),), t, device=z.device))
-        last = i == len(steps)-1
-        z = denoised if last else ddim_step(denoised, noise(i).to(z), abar[steps[i+1]])
+        z = denoised = f(z, at(t))
+        if i < len(steps)-1: z = schedule.add_noise(denoised, noise(i).to(z), at(steps[i+1]))
         yield t, denoised, z

@@ -39,6 +39,12 @@ class Forward:
         "The same process on another device"
         return type(self)(self.abar.to(device))
 
+    def __len__(self): return len(self.abar)
+
+    def time(self, t:Tensor)->Tensor:
+        "What the network is told at `t`: here `t` itself"
+        return t
+
     def alpha_sigma(self, t:Tensor, like:Tensor):
         "Scale of signal and of noise at `t`, float32, each (b, 1, .., 1) to broadcast over `like`"
         a = expand_to(self.abar.to(like.device)[t.to(like.device)], like)

@@ -12,14 +12,14 @@ from torch import Tensor
 from .core import UserError, expand_to
 from .schedule import Schedule
 
-# %% ../nbs/03_solver.ipynb #e3d52f5e
-def ddim_step(x0:Tensor,        # data prediction (b, ...)
-              eps:Tensor,       # noise prediction (b, ...)
-              abar_prev:Tensor, # signal power to arrive at, (b,) or ()
-             )->Tensor:         # z at that signal power
+# %% ../nbs/03_solver.ipynb #f2ae7a04
+def ddim_step(schedule:Schedule, # the forward process
+              x0:Tensor,         # data prediction (b, ...)
+              eps:Tensor,        # noise prediction (b, ...)
+              s:Tensor,          # timesteps to arrive at (b,)
+             )->Tensor:          # z at `s`
     "One DDIM step, T2V-Turbo eq. 11: mix data and noise again in other proportions"
-    a = expand_to(abar_prev.to(x0.device), x0)
-    return a.sqrt()*x0 + (1-a).sqrt()*eps
+    return schedule.add_noise(x0, eps, s)
 
 # %% ../nbs/03_solver.ipynb #c62645bc
 def ddim_grid(n:int=50,   # timesteps on the grid
@@ -37,9 +37,9 @@ class DDIM:
     n:int=50          # timesteps on the grid
 
     @property
-    def grid(self): return ddim_grid(self.n, len(self.schedule.abar))
+    def grid(self): return ddim_grid(self.n, len(self.schedule))
     @property
-    def k(self): return len(self.schedule.abar)//self.n
+    def k(self): return len(self.schedule)//self.n
 
     def t(self, index:Tensor)->Tensor:
         "Timestep of grid point `index` (b,)"
@@ -51,13 +51,12 @@ class DDIM:
 
     def step(self, x0:Tensor, eps:Tensor, index:Tensor)->Tensor:
         "One step from grid point `index` (b,) towards the data"
-        abar = self.schedule.abar.to(index.device)
-        return ddim_step(x0, eps, abar[self.t_prev(index)])
+        return ddim_step(self.schedule, x0, eps, self.t_prev(index))
 
     def invert(self, z_prev:Tensor, eps:Tensor, t:Tensor)->Tensor:
         "The step backwards: from `z_prev` at t-k to `t` (b,), given the noise prediction"
         x0 = self.schedule.x0_from_eps(z_prev, eps, (t - self.k).clamp_min(0))
-        return ddim_step(x0, eps, self.schedule.abar.to(t.device)[t])
+        return ddim_step(self.schedule, x0, eps, t)
 
 # %% ../nbs/03_solver.ipynb #05c41f2a
 def guide(cond:Tensor,   # prediction with the prompt (b, ...)

@@ -46,6 +46,7 @@ class Teacher(nn.Module):
                  scheduler,            # the diffusers scheduler it was trained with
                  frames:int=16,        # frames of a clip
                  fps:int=8,            # frames a second
+                 size:tuple=None,      # height and width of a clip; the VAE's own by default
                 ):
         super().__init__()
         self.name, self.tokenizer, self.scheduler, self.fps = name, tokenizer, scheduler, fps
@@ -53,7 +54,7 @@ class Teacher(nn.Module):
         self.schedule = Schedule.from_diffusers(scheduler)
         self.prediction_type = scheduler.config.prediction_type
         cfg, f = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
-        size = cfg.sample_size
+        size = size or cfg.sample_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         self.video_shape = (cfg.in_channels, frames, *size)          # (c t h w) of a clip
         self.latent_shape = (cfg.latent_channels, frames, size[0] // f, size[1] // f)
@@ -109,7 +110,7 @@ def denoise(self:Teacher,
     "One call of the network, read as data and noise"
     dtype = self.denoiser.dtype
     cond = None if w_emb is None else w_emb.to(dtype)
-    out = self.denoiser(zt.to(dtype), t, encoder_hidden_states=ctx.to(dtype),
+    out = self.denoiser(zt.to(dtype), self.schedule.time(t), encoder_hidden_states=ctx.to(dtype),
                         timestep_cond=cond, return_dict=False)[0]
     return self.schedule.x0_eps(zt.float(), out.float(), t, self.prediction_type)
 
