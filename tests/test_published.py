@@ -1,0 +1,286 @@
+"The published weights: names, files, conversion, and what is refused"
+import json, os, re
+from pathlib import Path
+from types import SimpleNamespace
+import pytest
+import torch
+from diffusers import UNet3DConditionModel
+from peft import (LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
+                  set_peft_model_state_dict)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.teachers.base import Teacher
+from t2v_turbo.teachers.published import (COND, FPS, FPS_FILE, convert_lora, convert_merged,
+    layer_shapes, load_fps, load_unet, lora_config, lora_order, merge_lora, name_lora, read_lora,
+    read_weights, to_peft, update_of, w_weight, with_w_projection)
+from t2v_turbo.teachers.videocrafter2 import (convert_videocrafter2, fps_bias, set_fps,
+                                              tiny_videocrafter2, unet_from_vc2)
+
+FOLDER = Path(os.environ.get('T2V_TURBO_GOLDEN',
+                             Path(__file__).resolve().parents[2]/'shared/golden'))
+def files(prefix): return sorted(FOLDER.glob(f'{prefix}_*.safetensors')) if FOLDER.is_dir() else []
+def cases(prefix): return pytest.mark.parametrize('path', files(prefix), ids=lambda p: p.name)
+
+
+def relative(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def near(got, want, rtol=1e-4):
+    assert got.shape == want.shape
+    assert relative(got, want) < rtol, f'relative error {relative(got, want):.2e}'
+
+
+def metadata(path):
+    with safe_open(path, 'pt') as f: return f.metadata()
+
+
+def under(d, prefix): return {k[len(prefix):]: v for k, v in d.items() if k.startswith(prefix)}
+
+
+def the_fps(v):
+    assert len(set(v.flatten().tolist())) == 1, 'one frame rate per file'
+    return int(v.flatten()[0])
+
+
+def vc2_student(path):
+    "The same for VideoCrafter2, and its fps MLP; the bias holds the file's fps"
+    d = load_file(path)
+    state = under(d, 'unet.') | under(d, 'student.')
+    config, new = unet_from_vc2(state, the_fps(d['io.fps']))
+    unet = UNet3DConditionModel.from_config(config).eval()
+    unet.load_state_dict(new)
+    mlp = {k: v for k, v in state.items() if k.startswith(('fps_embedding.', 'time_embed.2.bias'))}
+    return d, unet, name_lora(read_lora(path.parent/metadata(path)['lora_file']), unet, 'vc2'), mlp
+
+
+@torch.no_grad()
+def run(unet, d, cond=True):
+    cond = d['io.w_embedding'] if cond else None
+    return unet(d['io.x'], d['io.t'], d['io.context'], timestep_cond=cond).sample
+
+
+@cases('vc2_unet')
+def test_vc2_through_files(path, tmp_path):
+    "Base folder, list -> adapters or merged model; both give the recorded student"
+    d, unet, named, mlp = vc2_student(path)
+    near_w = {'time_cond_proj.weight': d['student.time_cond_proj.weight'] + update_of(*named[COND])}
+    torch.save(near_w, tmp_path/'w.pt')
+    state = unet.state_dict()
+    del state[f'{COND}.weight']
+    base = UNet3DConditionModel.from_config(dict(unet.config) | dict(time_cond_proj_dim=None))
+    base.load_state_dict(state)
+    base.save_pretrained(tmp_path/'base/unet')
+    save_file(mlp, tmp_path/'base'/FPS_FILE)
+    more = dict(w_projection=tmp_path/'w.pt', fps=the_fps(d['io.fps']))
+    lora = path.parent/metadata(path)['lora_file']
+    convert_lora(lora, tmp_path/'base', tmp_path/'whole', 'vc2', merged=True, **more)
+    near(run(load_unet(tmp_path/'whole'), d), d['io.student_out'])
+    convert_lora(lora, tmp_path/'base', tmp_path/'small', 'vc2', **more)
+    unet = with_w_projection(load_unet(tmp_path/'base'))
+    told = json.loads((tmp_path/'small/student.json').read_text())
+    assert told['fingerprint'] == Teacher.fingerprint(SimpleNamespace(denoiser=load_unet(tmp_path/'base')))
+    inject_adapter_in_model(LoraConfig.from_pretrained(tmp_path/'small'), unet)
+    told = set_peft_model_state_dict(unet, load_file(tmp_path/'small/adapter_model.safetensors'))
+    assert not told.unexpected_keys and not [k for k in told.missing_keys if 'lora' in k]
+    near(run(unet, d), d['io.student_out'])
+
+
+@cases('vc2_unet')
+def test_vc2_merged_checkpoint(path, tmp_path):
+    "A merged state dict under VideoCrafter2's names; motion layers of v2 are left out"
+    d, unet, named, mlp = vc2_student(path)
+    teacher = under(d, 'unet.')
+    unet.save_pretrained(tmp_path/'base/unet')
+    torch.save(teacher | under(d, 'student.') | {'combine_proj.weight': torch.ones(2, 2)}, tmp_path/'m.pt')
+    convert_merged(tmp_path/'m.pt', tmp_path/'base', tmp_path/'out', the_fps(d['io.fps']))
+    near(run(load_unet(tmp_path/'out'), d, False), d['io.out'])
+    near(run(load_unet(tmp_path/'out'), d), run(unet, d), 1e-6)
+
+
+SMALL = dict(sample_size=8, block_out_channels=(32, 64, 64), layers_per_block=2, attention_head_dim=16,
+             cross_attention_dim=32, time_cond_proj_dim=256,
+             down_block_types=('CrossAttnDownBlock3D', 'CrossAttnDownBlock3D', 'DownBlock3D'),
+             up_block_types=('UpBlock3D', 'CrossAttnUpBlock3D', 'CrossAttnUpBlock3D'))
+
+
+def small(**kw):
+    torch.manual_seed(0)
+    return UNet3DConditionModel(**SMALL | kw).eval()
+
+
+def random_list(unet, base, rank=8):
+    gen, out = make_gen(1), []
+    for o, i, *k in layer_shapes(unet, base).values():
+        r = min(rank, o, i)
+        out += [.1*torch.randn(o, r, *[1]*len(k), generator=gen), torch.randn(r, i, *k, generator=gen)/r]
+    return out
+
+
+def vc2_place(name):
+    "VideoCrafter2's order once more, as a sort key over diffusers' names"
+    p = name.split('.')
+    rank = lambda words: next((i for i, w in enumerate(words) if w in p), 0)
+    at = re.match(r'(?:(?:down|up)_blocks\.(\d+)|mid_block)\.(\w+)\.(\d+)', name)
+    layer = (99 if 'sampler' in at[2] else int(at[3])) if at else 0
+    top = ['time_embedding', 'conv_in', 'down_blocks', 'transformer_in', 'mid_block', 'up_blocks', 'conv_out']
+    return (top.index(p[0]), int(at[1] or 0) if at else 0, layer,
+            rank(['resnets', 'temp_convs', 'attentions', 'temp_attentions']),
+            1 if name == COND else rank(['proj_in', 'attn1', 'ff', 'attn2', 'proj_out']))
+
+
+@pytest.mark.parametrize('config', [dict(time_cond_proj_dim=256), SMALL], ids=['published', 'small'])
+def test_vc2_order_from_two_sides(config):
+    with torch.device('meta'): unet = UNet3DConditionModel(**config)
+    layers = [n for n in lora_order(unet, 'ms') if not n.startswith('transformer_in.proj_')]
+    layers.sort(key=vc2_place)
+    assert lora_order(unet, 'vc2') == layers[:2] + FPS + layers[2:]
+
+
+def test_peft_names_are_those_of_peft():
+    unet = small()
+    named = name_lora(random_list(unet, 'ms'), unet, 'ms')
+    inject_adapter_in_model(lora_config(named), unet)
+    want = {k: v.shape for k, v in get_peft_model_state_dict(unet).items()}
+    assert {k: v.shape for k, v in to_peft(named).items()} == want
+
+
+@pytest.mark.parametrize('base', ['ms', 'vc2'])
+def test_wrong_lists(base):
+    unet, other = small(), 'vc2' if base == 'ms' else 'ms'
+    good = random_list(unet, base)
+    def refused(tensors, words, base=base):
+        with pytest.raises(UserError, match=words): name_lora(tensors, unet, base)
+    refused(good + [good[0]], f'has {len(good) + 1} tensors')
+    refused([], 'has 0 tensors')
+    refused(good, f"is a list for base '{base}'", other)
+    bad = list(good); bad[41] = bad[41][..., :1]
+    refused(bad, 'has at 40 up')
+    refused([v[..., None] for v in good], 'has at 0 up')
+
+
+def test_refused_files(tmp_path):
+    torch.save([torch.zeros(1), os.getcwd], tmp_path/'code.pt')
+    with pytest.raises(UserError, match='more than tensors'): read_lora(tmp_path/'code.pt')
+    torch.save([torch.zeros(9)]*9, tmp_path/'cut.pt')
+    (tmp_path/'cut.pt').write_bytes((tmp_path/'cut.pt').read_bytes()[:500])
+    with pytest.raises(UserError, match='truncated'): read_weights(tmp_path/'cut.pt')
+    torch.save([torch.zeros(1), 'word'], tmp_path/'word.pt')
+    with pytest.raises(UserError, match='not a list of tensors'): read_lora(tmp_path/'word.pt')
+    torch.save([torch.zeros(1)], tmp_path/'old.pt', _use_new_zipfile_serialization=False)
+    assert len(read_lora(tmp_path/'old.pt')) == 1
+
+
+def test_nothing_is_left_after_a_failure(tmp_path):
+    unet = small()
+    with_w_projection(unet).save_pretrained(tmp_path/'base/unet')
+    torch.save(random_list(unet, 'ms')[:-1], tmp_path/'l.pt')
+    with pytest.raises(UserError): convert_lora(tmp_path/'l.pt', tmp_path/'base', tmp_path/'out', 'ms')
+    with pytest.raises(UserError, match='no UNet'):
+        convert_lora(tmp_path/'l.pt', tmp_path/'none', tmp_path/'out', 'ms')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['base', 'l.pt']
+
+
+def test_w_projection(tmp_path, capsys):
+    update = torch.randn(32, 256, generator=make_gen(0))
+    assert torch.equal(w_weight(update), update)
+    assert torch.equal(w_weight(update, 3), w_weight(update, '3'))
+    assert (w_weight(update, 3) - update).abs().max() <= 1/16 and not torch.equal(w_weight(update, 3), w_weight(update, 4))
+    save_file({f'{COND}.weight': update}, tmp_path/'w.safetensors')
+    assert torch.equal(w_weight(torch.zeros(32, 256), tmp_path/'w.safetensors'), update)
+    said = capsys.readouterr().out
+    assert 'base weight zero' in said and 'seed 3' in said and 'taken whole from' in said
+    with pytest.raises(UserError, match='no w-projection'): w_weight(torch.zeros(8, 256), tmp_path/'w.safetensors')
+    with pytest.raises(UserError, match='no file'): w_weight(update, tmp_path/'none.pt')
+    with pytest.raises(UserError, match='no file'): w_weight(update, tmp_path/'none.safetensors')
+    torch.save([update], tmp_path/'list.pt')
+    with pytest.raises(UserError, match='not a state dict'): w_weight(update, tmp_path/'list.pt')
+
+
+def test_halved_base_keeps_its_dtype(tmp_path):
+    unet = small().half()
+    named = name_lora(random_list(unet, 'ms'), unet, 'ms')
+    before = unet.conv_in.weight.clone()
+    merge_lora(unet, named)
+    assert unet.conv_in.weight.dtype == torch.float16 and not torch.equal(before, unet.conv_in.weight)
+
+
+@pytest.fixture
+def converted(tmp_path):
+    "A converted VideoCrafter2 in small, at 16 frames a second, and a list for it"
+    torch.save(dict(state_dict=tiny_videocrafter2()), tmp_path/'model.ckpt')
+    (tmp_path/'merges.txt').write_text('#version\np a\npa n\npan d\npand a</w>\na n\nan d</w>\n')
+    base = convert_videocrafter2(tmp_path/'model.ckpt', tmp_path/'vc2', 16, tmp_path/'merges.txt')
+    unet = with_w_projection(load_unet(base))
+    torch.save(random_list(unet, 'vc2'), tmp_path/'unet_lora.pt')
+    return base, tmp_path/'unet_lora.pt', unet
+
+
+def test_list_on_a_converted_folder(converted, tmp_path):
+    "A whole folder comes out; its frame rate can be chosen at once or afterwards, LoRA included"
+    base, path, unet = converted
+    convert_lora(path, base, tmp_path/'at16', merged=True)
+    convert_lora(path, base, tmp_path/'at8', merged=True, fps=8)
+    names = {p.relative_to(base) for p in base.rglob('*') if p.is_file()}
+    assert {p.relative_to(tmp_path/'at8') for p in (tmp_path/'at8').rglob('*') if p.is_file()} == names
+    about = [json.loads((tmp_path/n/'teacher.json').read_text())['fps'] for n in ('at16', 'at8')]
+    assert about == [16, 8]
+    bias = lambda net: net.time_embedding.linear_2.bias
+    a, b = load_unet(tmp_path/'at16'), load_unet(tmp_path/'at8')
+    assert not torch.equal(bias(a), bias(b))
+    assert torch.equal(bias(set_fps(a, tmp_path/'at16', 8)), bias(b))
+    old, new = load_fps(base), load_fps(tmp_path/'at8')
+    assert not torch.equal(fps_bias(old, 8), fps_bias(new, 8))
+    named = name_lora(read_lora(path), unet, 'vc2')
+    want = old[f'{FPS[0]}.weight'] + update_of(*named[FPS[0]])
+    torch.testing.assert_close(new[f'{FPS[0]}.weight'], want)
+
+
+def test_checkpoint_without_fps_takes_no_list_with_fps(tmp_path, converted):
+    base, path, unet = converted
+    (base/FPS_FILE).unlink()
+    with pytest.raises(UserError, match=f'has no {FPS_FILE}'): convert_lora(path, base, tmp_path/'o')
+    assert not (tmp_path/'o').exists()
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize('merged', [True, False])
+def test_interrupted(converted, tmp_path, monkeypatch, error, merged):
+    base, path, _ = converted
+    before = sorted(p.name for p in tmp_path.iterdir())
+    def stop(self, folder, **_):
+        (Path(folder)/'half').parent.mkdir(exist_ok=True); (Path(folder)/'half').touch()
+        raise error
+    monkeypatch.setattr(UNet3DConditionModel if merged else LoraConfig, 'save_pretrained', stop)
+    with pytest.raises(error): convert_lora(path, base, tmp_path/'out', merged=merged)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@torch.no_grad()
+def test_adapters_with_clamped_ranks_are_the_merged_student(converted, tmp_path):
+    "The first and last convolution have rank 4, the others 8; the w-projection starts at zero"
+    base, path, unet = converted
+    convert_lora(path, base, tmp_path/'whole', merged=True)
+    convert_lora(path, base, tmp_path/'small')
+    inject_adapter_in_model(LoraConfig.from_pretrained(tmp_path/'small'), unet)
+    set_peft_model_state_dict(unet, load_file(tmp_path/'small/adapter_model.safetensors'))
+    gen, whole = make_gen(0), load_unet(tmp_path/'whole')
+    x, ctx = torch.randn(1, 4, 3, 8, 8, generator=gen), torch.randn(1, 5, 64, generator=gen)
+    emb = torch.randn(1, 256, generator=gen)
+    near(*(u(x, torch.tensor([499]), ctx, timestep_cond=emb).sample for u in (unet, whole)))
+    tensors, names = read_lora(path), lora_order(with_w_projection(load_unet(base)), 'vc2')
+    i = 2*names.index(COND)
+    torch.testing.assert_close(whole.get_submodule(COND).weight, tensors[i] @ tensors[i + 1])
+
+
+def test_merged_checkpoint_keeps_its_frame_rate_choosable(converted, tmp_path):
+    base, path, unet = converted
+    state = {k.removeprefix('model.diffusion_model.'): v for k, v in tiny_videocrafter2(3).items()
+             if k.startswith('model.diffusion_model.')}
+    torch.save(state | {'time_cond_proj.weight': torch.zeros(32, 256)}, tmp_path/'turbo.pt')
+    for fps in (8, 16): convert_merged(tmp_path/'turbo.pt', base, tmp_path/str(fps), fps)
+    at8, at16 = (load_unet(tmp_path/n) for n in ('8', '16'))
+    set_fps(at16, tmp_path/'16', 8)
+    for k, v in at8.state_dict().items(): assert torch.equal(v, at16.state_dict()[k]), k
+    assert json.loads((tmp_path/'8/teacher.json').read_text())['fps'] == 8
