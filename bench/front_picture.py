@@ -14,7 +14,7 @@ from t2v_turbo.student import load_student
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher
 from t2v_turbo.world import caption, combos
 
-W = float(sys.argv[2]) if len(sys.argv) > 2 else 4.
+W = float(sys.argv[2]) if len(sys.argv) > 2 else 2.
 prompts = [caption(*a) for a in combos("heldout")[[1, 4, 9, 12, 17, 22]].tolist()]
 turbo, cd = load_student(sys.argv[1]), load_student(WEIGHTS / "tiny-cd")
 rows = {"teacher, 50 steps": sample_teacher(load_teacher(), prompts, make_gen(0), 50, W),

@@ -25,11 +25,11 @@ from .student import Student
 class Objective:
     "What is minimised, eq. 10"
     k:int = 20                 # solver skip, in timesteps; divides 1000
-    w_min:float = 2.           # guidance scales are drawn from [w_min, w_max]; 0 is no guidance
-    w_max:float = 6.
+    w_min:float = 1.           # guidance scales are drawn from [w_min, w_max]; 0 is no guidance
+    w_max:float = 3.
     huber_c:float = 1e-3       # pseudo-Huber constant
-    beta_img:float = .5        # weight of the image reward, >= 0
-    beta_vid:float = .5        # weight of the video reward, >= 0
+    beta_img:float = 1.        # weight of the image reward, >= 0
+    beta_vid:float = 1.        # weight of the video reward, >= 0
     shape:str = "log_sigmoid"  # how a score becomes an objective: log_sigmoid or raw
     image_frames:int = 2       # M, frames the image reward sees
     video_frames:int = 4       # frames the video reward sees; divides the clip

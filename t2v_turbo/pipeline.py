@@ -99,7 +99,7 @@ def __call__(self,
 @patch_to(T2VTurboPipeline, cls_method=True)
 def from_student(cls,
                  student:Student,           # trained or loaded
-                  guidance_scale:float=4.,   # default w when sampling
+                  guidance_scale:float=2.,   # default w when sampling
                  )->"T2VTurboPipeline":
     "A pipeline with the student's adapters merged into the weights"
     t = student.teacher
@@ -124,7 +124,7 @@ def sample_teacher(teacher:Teacher, # adapters off, if it carries a student
                    prompts:list,    # captions, `list[str]`
                    gen:torch.Generator, # draws the start noise
                    steps:int=50,    # DDIM steps; two network evaluations each
-                   w:float=4.,      # guidance, 0 is none
+                   w:float=2.,      # guidance, 0 is none
                   )->Tensor:        # clips `(b c t h w)` in [0,1]
     "The teacher's own sampler: DDIM with classifier-free guidance"
     ctx, null = teacher.encode_text(prompts), teacher.encode_text([""] * len(prompts))
@@ -139,7 +139,7 @@ def sample_student(student:Student, # adapters on
                    prompts:list,    # captions, `list[str]`
                    gen:torch.Generator, # draws start noise and the noise between steps
                    steps:int=4,     # 1..16, one network evaluation each
-                   w:float=4.,      # guidance scale, 0 is none
+                   w:float=2.,      # guidance scale, 0 is none
                   )->Tensor:        # clips `(b c t h w)` in [0,1]
     "The few-step sampler on a student that is still in training"
     t = student.teacher; ctx = t.encode_text(prompts)

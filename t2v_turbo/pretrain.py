@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['vae_loss', 'train_vae', 'soft_flaws', 'round_trip', 'judged_clips', 'broken', 'train_judge', 'one_word_wrong',
-           'preference_loss', 'train_reward', 'latents', 'rate', 'train_teacher', 'noisy_captions', 'pretrain',
-           'judged_clips_in_parts']
+           'preference_loss', 'inflate', 'train_reward', 'latents', 'rate', 'train_teacher', 'mostly_high',
+           'noisy_captions', 'pretrain', 'judged_clips_in_parts']
 
 # %% ../nbs/41_pretrain.ipynb #7becbedd
 import math
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .core import UserError, atomic, clips_of, frames_of, make_gen
 from .evaluate import Judge
 from .rewards.tiny import REWARD_KINDS, TinyReward
-from .teachers.base import Teacher, tokenize
+from .teachers.base import Teacher
 from .teachers.tiny import (TinyVideoDenoiser, save_teacher, tiny_scheduler,
                                      tiny_text_encoder, tiny_tokenizer, tiny_vae)
 from .world import blur, caption, combos, flicker, render, sample_attrs, watermark, web
@@ -62,13 +62,13 @@ def _descend(opt, loss, params):
 def soft_flaws(clips:Tensor,        # clean `(b 3 t h w)`
                gen:torch.Generator, # randomness
                p:float=.45,         # chance of each flaw
-              )->tuple:             # flawed clips, and which flaws `(b 3)` bool
+              )->tuple:             # flawed clips, and how strong each flaw is `(b 3)`, 0 is none
     "Blur, watermark and flicker, each with its own strength in [.35, 1]"
     on = torch.rand(len(clips), 3, generator=gen) < p
     strength = (.35 + .65 * torch.rand(len(clips), 3, generator=gen)) * on
     for i, f in ((0, blur), (2, lambda c: flicker(c, gen)), (1, watermark)):
         clips = clips + (f(clips) - clips) * strength[:, i].view(-1, 1, 1, 1, 1)
-    return clips, on
+    return clips, strength
 
 def round_trip(vae:AutoencoderKL,   # frozen
                clips:Tensor,        # `(b 3 t h w)` in [0,1]
@@ -85,17 +85,17 @@ def round_trip(vae:AutoencoderKL,   # frozen
 def judged_clips(vae:AutoencoderKL,   # frozen
                  n:int,               # clips
                  gen:torch.Generator, # randomness
-                )->tuple:             # attributes `(n 3)`, clips, and which are not clean `(n,)`
+                )->tuple:             # attributes `(n 3)`, clips, grades `(n,)`: 1 is clean
     "Half clean, half flawed; three quarters through the VAE, some of those with noise"
     attrs = combos("all")[torch.randint(120, (n,), generator=gen)]
     clean, bad = render(attrs, gen), torch.rand(n, generator=gen) < .5
-    flawed, on = soft_flaws(clean, gen)
+    flawed, strength = soft_flaws(clean, gen)
     clips = torch.where(bad.view(-1, 1, 1, 1, 1), flawed, clean)
     noise = (torch.rand(n, generator=gen) < .2) * (.15 + .6 * torch.rand(n, generator=gen))
     through = torch.rand(n, generator=gen) < .75
     back = round_trip(vae, clips, noise, gen)
-    dirty = (on.any(1) & bad) | (through & (noise > 0))
-    return attrs, torch.where(through.view(-1, 1, 1, 1, 1), back, clips), dirty
+    grade = (1 - strength * bad[:, None]).prod(1) * (1 - noise * through / .75)
+    return attrs, torch.where(through.view(-1, 1, 1, 1, 1), back, clips), grade
 
 # %% ../nbs/41_pretrain.ipynb #6c163b66
 def broken(clips:Tensor,        # `(b 3 t h w)`
@@ -117,16 +117,16 @@ def train_judge(pool:tuple,     # what `judged_clips` gives
                )->Judge:
     "Classifiers for what a clip shows and whether it is clean"
     torch.manual_seed(seed); gen = make_gen(seed * 1000 + 7); net = Judge()
-    for attrs, clips, dirty in _batches(net, pool, steps, gen, "judge"):
+    for attrs, clips, grade in _batches(net, pool, steps, gen, "judge"):
         out = net(clips)
-        labels = dict(zip(("shape", "colour", "motion"), attrs.T), clean=(~dirty).long())
+        labels = dict(zip(("shape", "colour", "motion"), attrs.T), clean=(grade == 1).long())
         net.loss = sum(F.cross_entropy(out[k], labels[k]) for k in labels)
     return net.requires_grad_(False).eval()
 
-def _batches(net, pool, steps, gen, desc, size=24):
+def _batches(net, pool, steps, gen, desc, lr=4e-3, size=24):
     "Yield batches of the pool; after each, descend on what the caller left in `net.loss`"
     opt = torch.optim.AdamW(net.parameters(), weight_decay=1e-3)
-    sched = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=steps)
+    sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     for _ in tqdm(range(steps), desc=desc, leave=False):
         j = torch.randint(len(pool[0]), (size,), generator=gen)
         yield pool[0][j], pool[1][j], pool[2][j]
@@ -147,7 +147,7 @@ def one_word_wrong(attrs:Tensor,        # `(b 3)`
 
 def preference_loss(net:TinyReward, # in training
                     clips:Tensor,   # `(b 3 t h w)`
-                    good:Tensor,    # which clips are clean and whole `(b,)` bool
+                    grade:Tensor,   # 1 for a clean and whole clip, 0 for a spoilt one `(b,)`
                     attrs:Tensor,   # what they show `(b 3)`
                     wrong:Tensor,   # the same with one word changed `(b 3)`
                     words:int,      # how many of the attributes the reward can see
@@ -158,20 +158,33 @@ def preference_loss(net:TinyReward, # in training
     logit = net.scale * v @ u.T + net.bias
     match = (attrs[:, None, :words] == texts[None, :, :words]).all(-1)
     hard = torch.zeros_like(match); hard[range(len(clips)), range(len(clips), len(texts))] = True
-    part = lambda sign, mask: -F.logsigmoid(sign * logit)[mask].mean()
-    return (part(1, match & good[:, None]) + part(-1, match & ~good[:, None])
+    part = lambda sign, mask, weight=1.: -(weight * F.logsigmoid(sign * logit))[mask].mean()
+    return (2 * part(1, match, grade[:, None]) + 2 * part(-1, match, 1 - grade[:, None])
             + .5 * part(-1, ~match & ~hard) + .5 * part(-1, ~match & hard))
+
+# %% ../nbs/41_pretrain.ipynb #6b293787
+def inflate(video:TinyReward, # changed in place
+            image:TinyReward, # of the same width
+           )->None:
+    "Start a video reward as an image reward that looks at each frame alone"
+    with torch.no_grad():
+        for mine, his in zip(video.vision.convs, image.vision.convs):
+            mine.weight.copy_(F.pad(his.weight, (0, 0, 0, 0, 1, 1))); mine.bias.copy_(his.bias)
+    video.vision.norms.load_state_dict(image.vision.norms.state_dict())
 
 # %% ../nbs/41_pretrain.ipynb #94d4bf74
 def train_reward(kind:str,       # `tiny-image` or `tiny-video`
                  pool:tuple,     # what `judged_clips` gives
-                 steps:int=5000, # optimiser steps
-                 seed:int=20,    # of weights and order
+                 steps:int,      # optimiser steps
+                 seed:int,       # of weights and order
+                 image:TinyReward=None, # what a video reward starts from
                 )->TinyReward:
     "A reward model from preferences for clean, whole and well-aligned clips"
     torch.manual_seed(seed); gen = make_gen(seed * 1000 + 7)
     net, video = TinyReward(**REWARD_KINDS[kind]), kind == "tiny-video"
-    for attrs, clips, dirty in _batches(net, pool, steps, gen, kind):
+    if image is not None: inflate(net, image)
+    lr = 4e-3 if image is None else 2e-3
+    for attrs, clips, grade in _batches(net, pool, steps, gen, kind, lr):
         worse, how = broken(clips, gen)
         replace = (torch.rand(len(clips), generator=gen) < .2) & (video | (how == 0))
         clips = torch.where(replace.view(-1, 1, 1, 1, 1), worse, clips)
@@ -182,7 +195,7 @@ def train_reward(kind:str,       # `tiny-image` or `tiny-video`
             clips = clips[:, :, int(torch.randint(2, (1,), generator=gen))::2]
         words = 3 if video else 2
         wrong = one_word_wrong(attrs, words, gen)
-        net.loss = preference_loss(net, clips, ~dirty & ~replace, attrs, wrong, words)
+        net.loss = preference_loss(net, clips, grade * ~replace, attrs, wrong, words)
     return net.requires_grad_(False).eval()
 
 # %% ../nbs/41_pretrain.ipynb #2b07f645
@@ -209,7 +222,7 @@ def rate(i:int,     # step
 # %% ../nbs/41_pretrain.ipynb #91ee09ef
 def train_teacher(vae:AutoencoderKL, # frozen, without latent statistics
                   clips:int=15360,   # training clips
-                  steps:int=5200,    # optimiser steps
+                  cycles:tuple=(3200, 2400), # optimiser steps of each learning-rate cycle
                   batch:int=32,      # clips a step
                   seed:int=0,        # of everything
                  )->Teacher:
@@ -221,21 +234,30 @@ def train_teacher(vae:AutoencoderKL, # frozen, without latent statistics
     z0 = (z0 - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
     den, text, tok = TinyVideoDenoiser(), tiny_text_encoder(), tiny_tokenizer()
     teacher = Teacher("tiny", den, vae, text, tok, tiny_scheduler(), 8, 8)
-    params = [*den.requires_grad_(True).parameters(), *text.requires_grad_(True).parameters()]
+    params = list(den.requires_grad_(True).parameters())
     opt = torch.optim.AdamW(params, betas=(.9, .99), weight_decay=0)
     ema = EMAModel(params, decay=.9985, min_decay=.9985)
-    for i in tqdm(range(steps), desc="teacher", leave=False):
-        for g in opt.param_groups: g["lr"] = rate(i, steps)
+    lrs = [rate(i, n) for n in cycles for i in range(n)]
+    for lr in tqdm(lrs, desc="teacher", leave=False):
+        for g in opt.param_groups: g["lr"] = lr
         j = torch.randint(len(z0), (batch,), generator=gen)
-        ids = tokenize(tok, noisy_captions(attrs[j], gen))
-        t = (1000 * torch.rand(batch, generator=gen).sqrt()).long().clamp(0, 999)
+        ctx = teacher.encode_text(noisy_captions(attrs[j], gen))
+        t = mostly_high(batch, gen)
         eps = torch.randn(z0[j].shape, generator=gen)
         zt = teacher.schedule.add_noise(z0[j], eps, t)
         v = teacher.schedule.v(z0[j], eps, t)
-        out = den(zt, t, text(ids).last_hidden_state).sample
+        out = den(zt, t, ctx).sample
         _descend(opt, (out - v).pow(2).mean(), params); ema.step(params)
     ema.copy_to(params)
     return teacher.requires_grad_(False).eval()
+
+# %% ../nbs/41_pretrain.ipynb #c4a4bfc2
+def mostly_high(b:int,               # how many
+                gen:torch.Generator, # randomness
+               )->Tensor:            # timesteps `(b,)`
+    "Half of the timesteps from 0..999, half from 800..999"
+    high = torch.rand(b, generator=gen) < .5
+    return torch.where(high, *(torch.randint(lo, 1000, (b,), generator=gen) for lo in (800, 0)))
 
 def noisy_captions(attrs:Tensor,        # `(b 3)`
                    gen:torch.Generator, # randomness
@@ -264,10 +286,13 @@ def pretrain(out:Path,         # folder for the weights, laid out as in the pack
     vae.requires_grad_(False).eval()
     pool = lambda seed: judged_clips_in_parts(vae, n(14400), make_gen(seed))
     keep("judges", lambda: train_judge(pool(101), n(5000)).state_dict())
-    keep("tiny-video", lambda: train_reward("tiny-video", pool(20), n(5000), 20).state_dict())
-    keep("tiny-image", lambda: train_reward("tiny-image", pool(20), n(11000), 10).state_dict())
+    image = TinyReward(**REWARD_KINDS["tiny-image"])
+    image.load_state_dict(keep("tiny-image", lambda: train_reward(
+        "tiny-image", pool(20), n(12000), 10).state_dict()))
+    keep("tiny-video", lambda: train_reward(
+        "tiny-video", pool(20), n(10000), 20, image).state_dict())
     if not (out / "tiny" / "teacher.json").is_file():
-        save_teacher(train_teacher(vae, n(15360), n(5200)), out / "tiny")
+        save_teacher(train_teacher(vae, n(15360), (n(3200), n(2400))), out / "tiny")
 
 def judged_clips_in_parts(vae:AutoencoderKL,   # frozen
                           n:int,               # clips

@@ -4,11 +4,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from t2v_turbo.cli import main
 from t2v_turbo.core import write_video
 from t2v_turbo.student import load_student
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
+from t2v_turbo.teachers.videocrafter2 import tiny_videocrafter2
 from t2v_turbo.train import claim
 
 
@@ -83,6 +85,42 @@ def test_help_names_every_option_with_its_default(verb, capsys):
     with pytest.raises(SystemExit) as e: main([verb, "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0 and text.count("(default:") == text.count(" --") - 1 >= 2   # all but --help
+
+
+@pytest.mark.parametrize("kind", ["videocrafter2", "lora", "merged"])
+def test_help_of_conversions(kind, capsys):
+    with pytest.raises(SystemExit) as e: main(["convert", kind, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert e.value.code == 0 and "folder to write; must not exist" in text
+    assert text.count("(default:") == text.count(" --") - 1 >= 1
+
+
+def test_convert(tmp_path, capsys):
+    "VideoCrafter2's checkpoint and then a merged student, from the shell's side"
+    state = tiny_videocrafter2()
+    torch.save(dict(state_dict=state), tmp_path / "model.ckpt")
+    (tmp_path / "merges.txt").write_text("#version: toy\np a\npa n\nd a</w>\npan da</w>\na n\nr e\n")
+    assert main(["convert", "videocrafter2", f"{tmp_path}/model.ckpt", f"{tmp_path}/vc2",
+                 "--vocabulary", f"{tmp_path}/merges.txt", "--fps", "8"]) == 0
+    unet = {k.removeprefix("model.diffusion_model."): v for k, v in state.items()
+            if k.startswith("model.diffusion_model.")}
+    unet["time_cond_proj.weight"] = torch.zeros(unet["time_embed.0.weight"].shape[1], 256)
+    torch.save(unet, tmp_path / "t2v_turbo_vc2.pt")
+    paths = [f"{tmp_path}/{n}" for n in ("t2v_turbo_vc2.pt", "vc2", "student")]
+    assert main(["convert", "merged", *paths, "--fps", "8"]) == 0
+    a, b = (load_file(tmp_path / n / "unet" / "diffusion_pytorch_model.safetensors")
+            for n in ("vc2", "student"))
+    assert b.keys() - a.keys() == {"time_embedding.cond_proj.weight"}
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    capsys.readouterr()
+    assert "is there already" in refused(capsys, "convert", "merged", *paths)
+
+
+def test_convert_refuses(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "no UNet in" in refused(capsys, "convert", "lora", "nowhere.pt", WEIGHTS / "tiny", out)
+    assert "give adapters or merged" in refused(capsys, "convert", "lora", "a", "b", out, "--form", "x")
+    assert not out.exists()
 
 
 def test_console_command():

@@ -65,8 +65,8 @@ class TinyReward(nn.Module):
         v, u = self.features(frames, prompts)
         return self.scale * (v * u).sum(-1) + self.bias
 
-# %% ../../nbs/21_tiny_rewards.ipynb #a2eb3f93
-REWARD_KINDS = {"tiny-image": dict(kt=1, width=24), "tiny-video": dict(kt=3, width=20)}
+# %% ../../nbs/21_tiny_rewards.ipynb #561dfd75
+REWARD_KINDS = {"tiny-image": dict(kt=1, width=24), "tiny-video": dict(kt=3, width=24)}
 
 def load_reward(name:str, # `tiny-image` or `tiny-video`
                )->TinyReward:

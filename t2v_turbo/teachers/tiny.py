@@ -102,17 +102,19 @@ def tiny_vae(latents_mean:list=None, # mean of each latent channel, length 4
         latents_mean=latents_mean, latents_std=latents_std)
 
 def tiny_text_encoder()->CLIPTextModel:
-    "Two layers, 64 wide, 8 tokens"
-    return CLIPTextModel(CLIPTextConfig(
+    "Two layers, 64 wide, 8 tokens; random, with the words far apart, and frozen"
+    net = CLIPTextModel(CLIPTextConfig(
         vocab_size=21, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=8,
         bos_token_id=2, eos_token_id=3, pad_token_id=0))
+    nn.init.normal_(net.get_input_embeddings().weight, std=.5)
+    return net.requires_grad_(False).eval()
 
 def tiny_scheduler()->DDIMScheduler:
-    "The noise schedule of ModelScopeT2V and VideoCrafter2, with v-prediction"
+    "The schedule of ModelScopeT2V and VideoCrafter2 at zero terminal SNR, with v-prediction"
     return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
                          prediction_type="v_prediction", clip_sample=False,
-                         set_alpha_to_one=False, steps_offset=1)
+                         rescale_betas_zero_snr=True, set_alpha_to_one=False, steps_offset=1)
 
 # %% ../../nbs/11_tiny_teacher.ipynb #4c18fb4c
 WEIGHTS = Path(__file__).parent.parent / "weights" if "__file__" in globals() else None
