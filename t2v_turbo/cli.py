@@ -184,10 +184,16 @@ class SampleOptions:
     steps:int = 4          # network calls a clip, 1..16
     w:float = 2.           # guidance scale, 0 is none
     seed:int = 0           # the same seed gives the same videos
+    origin:int = 50        # timesteps of the training grid; 200 for T2V-Turbo-v2
+    dtype:str = "float32"  # of the weights: float32, bfloat16 or float16
+    offload:int = 0        # 1: each network is on the accelerator only while it works
+    slicing:int = 0        # 1: decode frame by frame, which needs less memory
     format:str = "mp4"     # mp4 or gif
 
     def __post_init__(self):
         if not 1 <= self.steps <= 16: raise UserError(f"steps is {self.steps}: give 1 to 16")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise UserError(f"dtype {self.dtype!r}: give float32, bfloat16 or float16")
         if self.format not in ("mp4", "gif"):
             raise UserError(f"format {self.format!r}: give mp4 or gif")
         if self.prompts and not Path(self.prompts).is_file():
@@ -197,15 +203,22 @@ class SampleOptions:
 def sample(o:SampleOptions=SampleOptions(), # what to sample
           )->list:                          # paths of the videos
     "Sample a student and write mp4 or gif files"
-    from t2v_turbo.core import make_gen, write_video
+    from t2v_turbo.core import make_gen, pick_device, write_video
     from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.teachers.tiny import WEIGHTS
     prompts = Path(o.prompts).read_text().splitlines() if o.prompts else [o.prompt]
     prompts = [p.strip() for p in prompts if p.strip()]
     if not prompts: raise UserError(f"prompt file {o.prompts!r} is empty: write one caption a line")
-    pipe, paths = T2VTurboPipeline.from_pretrained(o.student or WEIGHTS / "tiny-cd"), []
+    import torch
+    pipe, paths = T2VTurboPipeline.from_pretrained(o.student or WEIGHTS / "tiny-cd",
+                                                   dtype=getattr(torch, o.dtype)), []
+    device = pick_device()
+    if o.slicing: pipe.vae.enable_slicing()
+    if o.offload and device.type != "cpu": pipe.enable_model_cpu_offload(device=device)
+    else: pipe.to(device)
     for i, p in enumerate(prompts):      # a seed for each: more prompts change no video
-        clip = pipe(p, o.steps, o.w, generator=make_gen(o.seed + i)).frames[0].transpose(0, 1)
+        clip = pipe(p, o.steps, o.w, generator=make_gen(o.seed + i), origin_steps=o.origin)
+        clip = clip.frames[0].transpose(0, 1)
         name = "-".join("".join(c if c.isalnum() else " " for c in p).split())[:60] or "clip"
         paths.append(Path(o.out) / f"{i:03d}-{name}.{o.format}")
         write_video(paths[-1], clip, pipe.config.fps)

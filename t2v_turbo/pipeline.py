@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['T2VTurboOutput', 'T2VTurboPipeline', 'sample_teacher', 'sample_student']
 
-# %% ../nbs/32_pipeline.ipynb #f3e55d4f
+# %% ../nbs/32_pipeline.ipynb #41f1705a
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
-from fastcore.basics import patch_to
+from fastcore.basics import patch, patch_to
 from torch import Tensor, nn
 
 from .consistency import consistency_fn, few_step_grid, few_step_sample, w_embedding
@@ -22,6 +23,8 @@ from .core import UserError
 from .solver import DDIM, ddim_sample
 from .student import Student, load_student
 from .teachers.base import Teacher
+from .teachers.folders import (ScaledSchedule, check_size, load_teacher,
+                                        local_folder)
 
 # %% ../nbs/32_pipeline.ipynb #730c6d34
 @dataclass
@@ -43,17 +46,41 @@ class T2VTurboPipeline(DiffusionPipeline):
                  num_frames:int=16,      # default length of a clip
                  fps:int=8,              # for writing videos
                  guidance_scale:float=7.5, # default w
+                 height:int=None,        # of a clip, pixels; the VAE's own by default
+                 width:int=None,
                 ):
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
                               denoiser=denoiser, scheduler=scheduler)
-        self.register_to_config(num_frames=num_frames, fps=fps, guidance_scale=guidance_scale)
+        self.register_to_config(num_frames=num_frames, fps=fps, guidance_scale=guidance_scale,
+                                height=height, width=width)
         self.video_processor = VideoProcessor(do_resize=False)
 
     def as_teacher(self)->Teacher:
         "The same components behind the teacher protocol"
-        return Teacher("pipeline", self.denoiser, self.vae, self.text_encoder, self.tokenizer,
-                       self.scheduler, self.config.num_frames, self.config.fps).to(self.device)
+        c, dev = self.config, self._execution_device  # weights stay where offloading put them
+        t = Teacher("pipeline", self.denoiser, self.vae, self.text_encoder, self.tokenizer,
+                    self.scheduler, c.num_frames, c.fps, c.height and (c.height, c.width))
+        t.latent_mean, t.latent_std = t.latent_mean.to(dev), t.latent_std.to(dev)
+        return t
+
+# %% ../nbs/32_pipeline.ipynb #964cfd98
+@patch
+def start(self:T2VTurboPipeline,
+          model,          # the parts as a `Teacher`
+          n:int,          # clips
+          num_frames,     # of a clip; the model's own if `None`
+          height, width,  # pixels; the model's own if `None`
+          latents,        # start noise that is given, or `None`
+          generator,      # draws it otherwise
+         )->torch.Tensor: # start noise `(n c t h w)`
+    "Start noise `(n c t h w)` of the size that is asked for"
+    (_, t, *own), (c, _, h, _) = model.video_shape, model.latent_shape
+    f = own[0] // h
+    size = check_size((height or own[0], width or own[1]), f)
+    shape = (n, c, num_frames or t, *(v // f for v in size))
+    dev = self._execution_device
+    return randn_tensor(shape, generator, dev) if latents is None else latents.to(dev)
 
 # %% ../nbs/32_pipeline.ipynb #28b21536
 @patch_to(T2VTurboPipeline)
@@ -63,6 +90,8 @@ def __call__(self,
               num_inference_steps:int=4, # 1..16; one network call each
               guidance_scale:float=None, # w, 0 is no guidance; the student's own default if `None`
               num_frames:int=None,      # frames of the clip
+              height:int=None,          # of the clip, pixels
+              width:int=None,
               generator=None,           # a `torch.Generator`, or one per prompt
               latents:Tensor=None,      # start noise `(b c t h w)`, drawn if `None`
               origin_steps:int=50,      # solver grid the student was distilled on
@@ -79,12 +108,10 @@ def __call__(self,
     if w < 0: raise UserError(f"guidance_scale {w} is negative: give 0 (no guidance) or more")
     model = self.as_teacher()
     ctx, dev = model.encode_text(prompts), self._execution_device
-    c, _, h, wd = model.latent_shape
-    shape = (len(prompts), c, num_frames or self.config.num_frames, h, wd)
-    z = randn_tensor(shape, generator, device=dev) if latents is None else latents.to(dev)
+    z = self.start(model, len(prompts), num_frames, height, width, latents, generator)
     emb = w_embedding(torch.full((len(prompts),), float(w), device=dev))
     f = lambda zt, t: consistency_fn(zt, model.denoise(zt, t, ctx, emb)[0], t)
-    noise = lambda i: randn_tensor(shape, generator, device=dev)
+    noise = lambda i: randn_tensor(z.shape, generator, device=dev)
     with self.progress_bar(total=len(steps)) as bar:
         for i, (t, x0, z) in enumerate(few_step_sample(f, z, steps, model.schedule, noise)):
             if callback_on_step_end is not None:
@@ -102,21 +129,46 @@ def from_student(cls,
                   guidance_scale:float=2.,   # default w when sampling
                  )->"T2VTurboPipeline":
     "A pipeline with the student's adapters merged into the weights"
-    t = student.teacher
-    return cls(t.vae, t.text_encoder, t.tokenizer, student.merged(), t.scheduler,
-               t.video_shape[1], t.fps, guidance_scale)
+    return cls._of(student.teacher, student.merged(), guidance_scale)
 
 @patch_to(T2VTurboPipeline, cls_method=True)
+def _of(cls, t, denoiser, w):
+    if isinstance(t.schedule, ScaledSchedule):
+        raise UserError(f"the student of {t.name!r} was trained with scale_x0, which a diffusers "
+                        "pipeline does not know: sample it with sample_student")
+    return cls(t.vae, t.text_encoder, t.tokenizer, denoiser, t.scheduler, t.video_shape[1], t.fps,
+               w, *t.video_shape[2:])
+
+@patch_to(T2VTurboPipeline, cls_method=True)
+def from_teacher(cls,
+                 t:Teacher,                # whose denoiser is a merged student
+                  guidance_scale:float=7.5, # default w when sampling
+                 )->"T2VTurboPipeline":
+    "A pipeline of a converted folder that holds a whole student"
+    proj = [p for n, p in t.denoiser.named_parameters() if "cond_proj" in n]
+    if not any(p.any() for p in proj):
+        raise UserError(f"{t.name!r} holds a teacher, which does not know w: distill it first, or "
+                        "give the folder of a student")
+    return cls._of(t, t.denoiser, guidance_scale)
+
+# %% ../nbs/32_pipeline.ipynb #bc3feb57
+@patch_to(T2VTurboPipeline, cls_method=True)
 def from_pretrained(cls,
-                     folder:Path, # of a student, or of a whole pipeline, or a hub id of the latter
-                     **kwargs,    # passed on to diffusers for a whole pipeline
+                     folder:Path, # of a student, a converted model or a pipeline; or a hub id
+                     dtype=torch.float32, # of all weights
+                     **kwargs,    # for diffusers, or for `load_teacher`
                     )->"T2VTurboPipeline":
-    "Load a student folder or a diffusers folder"
-    if (Path(folder) / "student.json").is_file(): return cls.from_student(load_student(folder))
-    if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
+    "Load a student folder, a converted folder that holds a whole student, or our own pipeline"
+    folder = local_folder(str(folder))
+    if (folder / "student.json").is_file():
+        pipe = cls.from_student(load_student(folder))
+        return pipe if dtype == torch.float32 else pipe.to(dtype)
+    if not (folder / "model_index.json").is_file():
         raise UserError(f"{str(folder)!r} holds neither student.json nor model_index.json: "
                         "give a folder written by `distill` or by save_pretrained")
-    return super(T2VTurboPipeline, cls).from_pretrained(folder, **kwargs)
+    ours = json.loads((folder / "model_index.json").read_text())["_class_name"] == cls.__name__
+    if not ours: return cls.from_teacher(load_teacher(folder, dtype=dtype, **kwargs))
+    return super(T2VTurboPipeline, cls).from_pretrained(folder, dtype=dtype, **kwargs)
 
 # %% ../nbs/32_pipeline.ipynb #0b455a59
 @torch.no_grad()

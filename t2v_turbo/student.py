@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .consistency import consistency_fn, w_embedding
 from .core import UserError, atomic, write_json
 from .teachers.base import Teacher
-from .teachers.tiny import load_teacher
+from .teachers.folders import load_teacher
 
 # %% ../nbs/30_student.ipynb #6da6e0dd
 class Student(nn.Module):
@@ -31,6 +31,7 @@ class Student(nn.Module):
                  teacher:Teacher, # changed in place: its denoiser gets the adapters
                  rank:int=16,     # LoRA rank
                  seed:int=0,      # of LoRA's random half
+                 config:LoraConfig=None, # default: all of `lora_targets`, at `rank`
                 ):
         super().__init__()
         if rank < 1: raise UserError(f"LoRA rank {rank} is not positive: give 1 or more")
@@ -38,7 +39,8 @@ class Student(nn.Module):
             raise UserError(f"teacher {teacher.name!r} already carries a student: load it anew")
         self.fingerprint = teacher.fingerprint()
         self.teacher, self.rank = teacher, rank
-        self.config = LoraConfig(r=rank, lora_alpha=rank, target_modules=teacher.lora_targets())
+        self.config = config or LoraConfig(r=rank, lora_alpha=rank,
+                                           target_modules=teacher.lora_targets())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(self.config, teacher.denoiser, "default")
@@ -105,8 +107,9 @@ def save(self:Student,
     with atomic(folder / "adapter_model.safetensors") as tmp:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, tmp)
     self.config.save_pretrained(folder)
-    write_json(folder / "student.json", dict(teacher=self.teacher.name, rank=self.rank,
-                                             fingerprint=self.fingerprint, about=about or {}))
+    options = getattr(self.teacher, "options", {})   # of `load_teacher`
+    write_json(folder / "student.json", dict(teacher=self.teacher.name, options=options,
+               rank=self.rank, fingerprint=self.fingerprint, about=about or {}))
 
 # %% ../nbs/30_student.ipynb #8b662f5c
 def read_tensors(path:Path, # a safetensors file
@@ -128,11 +131,11 @@ def load_student(folder:Path,          # written by `Student.save`
         raise UserError(f"no student in {str(folder)!r}: there is no student.json")
     meta = json.loads((folder / "student.json").read_text())
     state = read_tensors(folder / "adapter_model.safetensors")
-    teacher = teacher or load_teacher(meta["teacher"])
+    teacher = teacher or load_teacher(meta["teacher"], **meta.get("options", {}))
     if teacher.fingerprint() != meta["fingerprint"]:
         raise UserError(f"the student in {str(folder)!r} belongs to another teacher (fingerprint "
                         f"{meta['fingerprint']}, but {teacher.name!r} has {teacher.fingerprint()})")
-    student = Student(teacher, meta["rank"])
+    student = Student(teacher, meta["rank"], config=LoraConfig.from_pretrained(folder))
     student.load_tensors(state)
     return student
 
@@ -143,11 +146,12 @@ def load_tensors(self:Student,
                 )->None:
     "Take over LoRA and w-projection; every tensor must have its place"
     state = dict(state)
-    proj = {n: state.pop(n) for n in list(state) if "cond_proj" in n}
+    whole = {n: state.pop(n) for n in list(state) if "cond_proj" in n or ".base_layer." in n}
+    proj = {n for n in whole if "cond_proj" in n}
     told = set_peft_model_state_dict(self.teacher.denoiser, state)
     want = {n for n in self.trainable() if "cond_proj" in n}
-    if told.unexpected_keys or set(proj) != want or len(state) + len(proj) != len(self.trainable()):
+    if told.unexpected_keys or proj != want or len(state) + len(proj) != len(self.trainable()):
         raise UserError("these are not the tensors of this student: "
                         f"{len(state)} LoRA tensors for {len(self.trainable()) - len(want)} places")
     with torch.no_grad():
-        for n, v in proj.items(): self.trainable()[n].copy_(v)
+        for n, v in whole.items(): self.teacher.denoiser.get_parameter(n).copy_(v)

@@ -24,7 +24,7 @@ from .data import ClipFolder
 from .distill import Distillation, Objective, draw
 from .rewards.tiny import load_reward
 from .student import Student
-from .teachers.tiny import load_teacher
+from .teachers.folders import load_teacher
 from .world import World
 
 # %% ../nbs/33_train.ipynb #0de0c395
@@ -32,7 +32,11 @@ from .world import World
 class Config:
     "How a student is trained; the objective is separate"
     out:str = "runs/turbo"     # folder for everything that is written
-    teacher:str = "tiny"       # `tiny`, or a folder that holds a teacher
+    teacher:str = "tiny"       # `tiny`, a folder that holds a teacher, or a hub id
+    frames:int = 0             # frames of a clip; 0: the teacher's own
+    height:int = 0             # of a clip, pixels; 0: the teacher's own
+    width:int = 0
+    fps:int = 0                # frames a second, where the teacher is told; 0: its own
     data:str = ""              # folder of real clips with captions; empty renders the tiny world
     steps:int = 500            # optimiser steps
     batch:int = 8              # clips a step, over all processes together
@@ -87,10 +91,15 @@ class Trainer:
         if cfg.batch % acc.num_processes:
             raise UserError(f"batch {cfg.batch} cannot be shared by {acc.num_processes} processes: "
                             "give a multiple")
-        teacher = load_teacher(cfg.teacher)
+        size = (cfg.height, cfg.width) if cfg.height or cfg.width else None
+        teacher = load_teacher(cfg.teacher, frames=cfg.frames or None, size=size,
+                               fps=cfg.fps or None)
         _, frames, *size = teacher.video_shape
+        if not cfg.data and size[0] != size[1]:
+            raise UserError(f"the tiny world has square clips, but the teacher's are {size[0]}x"
+                            f"{size[1]}: give --data, or the same --height and --width")
         self.source = (ClipFolder(cfg.data, frames, tuple(size), teacher.fps, cfg.seed) if cfg.data
-                       else World("train", seed=cfg.seed))
+                       else World("train", cfg.seed, frames, size[0]))
         self.student = Student(teacher, cfg.rank, cfg.seed)
         image_reward = image_reward or (load_reward("tiny-image") if o.beta_img else None)
         video_reward = video_reward or (load_reward("tiny-video") if o.beta_vid else None)

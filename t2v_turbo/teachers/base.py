@@ -85,9 +85,10 @@ def encode(self:Teacher,
           )->Tensor:            # normalised latents `(b c t h w)`
     "Clips to latents of about unit variance, frame by frame"
     with torch.no_grad():
-        post = self.vae.encode(frames_of(clips) * 2 - 1).latent_dist
+        x = (frames_of(clips) * 2 - 1).to(self.vae.dtype)
+        post = self.vae.encode(x).latent_dist
         z = post.mean if gen is None else post.sample(gen)
-        return clips_of((z - self.latent_mean) / self.latent_std, clips.shape[2])
+        return clips_of((z.float() - self.latent_mean) / self.latent_std, clips.shape[2])
 
 @patch
 def decode(self:Teacher,
@@ -96,7 +97,8 @@ def decode(self:Teacher,
           )->Tensor:            # clips `(b 3 t' h w)` in [0,1], differentiable in `z`
     "Latents to clips; only the frames that are asked for are decoded"
     z = z if frames is None else z[:, :, frames]
-    x = self.vae.decode(frames_of(z) * self.latent_std + self.latent_mean).sample
+    y = frames_of(z.float()) * self.latent_std + self.latent_mean
+    x = self.vae.decode(y.to(self.vae.dtype)).sample.float()
     return clips_of((x / 2 + .5).clamp(0, 1), z.shape[2])
 
 # %% ../../nbs/10_teachers.ipynb #964cfd98

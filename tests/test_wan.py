@@ -1,0 +1,387 @@
+"Linear flow and Wan: closed forms, the real classes in small, one step of the recipe, and the way back to stock diffusers"
+import itertools
+import json
+
+import pytest
+import torch
+from diffusers import (AutoencoderKL, AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler,
+                       UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel)
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from t2v_turbo.consistency import consistency_fn, few_step_grid, few_step_sample, w_embedding
+from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.distill import Distillation, Objective, draw
+from t2v_turbo.gaussian import Gaussian
+from t2v_turbo.pipeline import sample_student, sample_teacher
+from t2v_turbo.schedule import Schedule
+from t2v_turbo.solver import DDIM, ddim_sample, ddim_step
+from t2v_turbo.student import Student, load_student
+from t2v_turbo.teachers.base import Teacher
+from t2v_turbo.teachers.tiny import tiny_text_encoder, tiny_tokenizer, tiny_vae
+from t2v_turbo.teachers.wan import (Flow, FlowTeacher, GuidedWan, check_clip, flow_scheduler, guided_wan, load_wan,
+                                    save_wan, save_wan_lora, stock_scheduler, tiny_wan, wan_lora, with_places)
+
+SHIFTS = pytest.mark.parametrize("shift", [1., 3., 5.])
+
+
+def full(n, v): return torch.full((n,), v, dtype=torch.long)
+
+
+def velocity(g, z, t):
+    "E[noise - x0 | z] of Gaussian data by Bayes' rule, without any method of Flow"
+    s = g.schedule.sigma[t].view(-1, 1).double()
+    var = (1 - s)**2 * g.std**2 + s**2
+    return ((s - (1 - s) * g.std**2) / var * (z.double() - (1 - s) * g.mean) - g.mean).float()
+
+
+def random_student(seed=0, **more):
+    "A student of `tiny_wan` in which nothing is zero"
+    student, gen = Student(tiny_wan(**more), 4), make_gen(seed)
+    with torch.no_grad():
+        for p in student.trainable().values(): p.copy_(.1 * torch.randn(p.shape, generator=gen))
+    return student
+
+
+# ---- the flow
+
+@SHIFTS
+def test_flow_table_is_that_of_diffusers(shift):
+    flow = Flow.shifted(shift)
+    euler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    assert_close(flow.time(torch.arange(1000)), euler.timesteps.flip(0), atol=1e-3, rtol=0)
+    assert_close(flow.shift, shift, atol=1e-4, rtol=0)
+    unipc = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift)
+    for s in (euler, unipc, FlowMatchLCMScheduler(shift=shift)):
+        assert_close(Flow.from_diffusers(s).sigma, euler.sigmas.flip(0), atol=1e-6, rtol=0)
+    assert len(flow) == 1000 and flow.sigma[-1] == 1 and isinstance(flow, Schedule)
+
+
+@SHIFTS
+def test_flow_noises_as_diffusers_does(shift):
+    flow, scheduler = Flow.shifted(shift), FlowMatchEulerDiscreteScheduler(shift=shift)
+    z0, noise = torch.randn(2, 5, 3, 4, 2, generator=make_gen(0))
+    t = torch.tensor([0, 19, 499, 900, 999])
+    theirs = scheduler.scale_noise(z0, scheduler.timesteps.flip(0)[t], noise)
+    assert_close(flow.add_noise(z0, noise, t), theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["flow_prediction", "epsilon", "sample"])
+def test_flow_round_trip(kind):
+    flow = Flow.shifted(3.)
+    z0, noise = torch.randn(2, 4, 3, 5, generator=make_gen(0))
+    t = torch.tensor([3, 200, 700, 990])
+    zt = flow.add_noise(z0, noise, t)
+    out = dict(flow_prediction=flow.v(z0, noise, t), epsilon=noise, sample=z0)[kind]
+    for got, want in zip(flow.x0_eps(zt, out, t, kind), (z0, noise)): assert_close(got, want, atol=3e-4, rtol=0)
+    got = flow.x0_eps(zt.half(), out.half(), t, kind)
+    assert all(v.dtype == torch.float32 for v in got)
+
+
+@SHIFTS
+def test_ddim_step_is_the_euler_step(shift):
+    flow, t = Flow.shifted(shift), torch.arange(1000)
+    z, v = torch.randn(2, 1000, 4, generator=make_gen(0))
+    for s in (t.flip(0), (t - 20).clamp_min(0)):
+        euler = z + (flow.sigma[s] - flow.sigma[t])[:, None] * v
+        assert_close(ddim_step(flow, *flow.x0_eps(z, v, t), s), euler, atol=2e-6, rtol=0)
+
+
+@SHIFTS
+def test_walk_with_the_exact_velocity_is_first_order(shift):
+    g = Gaussian(.5, .4, Flow.shifted(shift))
+    z, none = torch.linspace(-2.5, 2.5, 101)[:, None], torch.zeros(101, 1)
+    denoise = lambda z, t, ctx: g.schedule.x0_eps(z, velocity(g, z, t), t)
+    assert_close(denoise(z, full(101, 700), none)[1], g.eps(z, full(101, 700)), atol=1e-5, rtol=0)
+    def walk(n):
+        for _, z_end, _ in ddim_sample(DDIM(g.schedule, n), denoise, z, 0., none, none[:1]): pass
+        return z_end
+    exact = g.flow(z, full(101, 999), full(101, 0))
+    err = {n: (walk(n) - exact).abs().max() for n in (20, 200)}
+    assert .85 < (err[20] / err[200]).log10() < 1.15, err
+
+
+def test_stock_euler_walks_the_same_way():
+    g, n = Gaussian(.5, .4, Flow.shifted(3.)), 50
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.)
+    scheduler.set_timesteps(sigmas=(torch.arange(n, 0, -1) / n).tolist())
+    z = theirs = torch.linspace(-2.5, 2.5, 11)[:, None]
+    ddim = DDIM(g.schedule, n)
+    for i in range(n - 1, 0, -1):                 # the last step of diffusers goes to 0, not to t = 0
+        t = ddim.t(full(11, i))
+        z = ddim.step(*g.schedule.x0_eps(z, velocity(g, z, t), t), full(11, i))
+        now = scheduler.timesteps[n - 1 - i]
+        assert_close(now, g.schedule.time(t)[0], atol=1e-3, rtol=0)
+        theirs = scheduler.step(velocity(g, theirs, t), now, theirs).prev_sample
+    assert_close(z, theirs, atol=1e-5, rtol=0)
+
+
+def test_boundary_on_the_flow():
+    g = Gaussian(.5, .4, Flow.shifted(5.))
+    z = torch.randn(64, 1, generator=make_gen(0))
+    x0, _ = g.schedule.x0_eps(z, velocity(g, z, full(64, 0)), full(64, 0))
+    assert_close(consistency_fn(z, x0, full(64, 0)), z, atol=0, rtol=0)
+    assert (g.consistency(z, full(64, 0)) - z).abs().max() < .02      # t = 0 is next to the data
+
+
+@pytest.mark.parametrize("scheduler, says", [
+    (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "shifts by size"),
+    (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "runs backwards"),
+    (UniPCMultistepScheduler(), "no scheduler of a flow"),
+    (UniPCMultistepScheduler(prediction_type="flow_prediction"), "no scheduler of a flow"),
+    (UniPCMultistepScheduler(use_flow_sigmas=True), "no scheduler of a flow")])
+def test_other_schedulers_are_refused(scheduler, says):
+    with pytest.raises(UserError, match=says): Flow.from_diffusers(scheduler)
+
+
+# ---- the network
+
+def test_guided_wan_is_its_parent_plus_w():
+    net = tiny_wan().denoiser
+    stock = WanTransformer3DModel.from_config(net.config)
+    stock.load_state_dict({k: v for k, v in net.state_dict().items() if k != "cond_proj.weight"})
+    z, t, ctx = torch.randn(2, 16, 3, 4, 4, generator=make_gen(0)), torch.tensor([900., 30.]), torch.randn(2, 5, 32)
+    w = w_embedding(torch.tensor([2., 6.]))
+    with torch.no_grad():
+        want = stock(z, t, ctx).sample
+        for cond in (None, w): assert_close(net(z, t, ctx, cond).sample, want, atol=0, rtol=0)
+        net.cond_proj.weight.normal_(std=.1, generator=make_gen(1))
+        heard = net(z, t, ctx, w).sample
+        assert (heard - want).abs().amax((1, 2, 3, 4)).min() > 1e-3
+        for i in range(2):                                   # w as a bias of the second time layer
+            stock.condition_embedder.time_embedder.linear_2.bias.copy_(
+                net.condition_embedder.time_embedder.linear_2.bias + net.cond_proj(w[i]))
+            assert_close(stock(z, t, ctx).sample[i], heard[i], atol=1e-5, rtol=0)
+        assert_close(net(z, t, ctx).sample, want, atol=0, rtol=0)          # the hook is gone
+
+
+def test_places_are_an_input_of_their_own():
+    x = with_places(torch.zeros(2, 4, 8, 8, 6), 4 + 8 + 4 + 3, (1, 2, 2))
+    for t, h, w in itertools.product(range(8), range(8), range(6)):
+        assert x[1, 4:, t, h, w].nonzero().flatten().tolist() == [t, 8 + h // 2, 12 + w // 2]
+    assert x[:, 4:].sum() == 2 * 3 * 8 * 8 * 6
+    with pytest.raises(UserError, match="keep to the size"): with_places(torch.zeros(1, 4, 8, 8, 8), 19, (1, 2, 2))
+
+
+# ---- VAE and text
+
+def test_prefix_decodes_as_the_whole_clip():
+    teacher = tiny_wan(frames=17)
+    assert type(teacher.vae) is AutoencoderKLWan and teacher.latent_shape == (16, 5, 4, 4)
+    z = torch.randn(1, *teacher.latent_shape, generator=make_gen(0))
+    cfg = teacher.vae.config
+    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (cfg.latents_mean, cfg.latents_std))
+    with torch.no_grad():
+        whole = teacher.vae.decode(z * std + mean).sample / 2 + .5
+        assert_close(teacher.decode(z), whole, atol=1e-6, rtol=0)
+        for k in range(1, 6): assert_close(teacher.decode(z[:, :, :k]), whole[:, :, :4*k - 3], atol=1e-6, rtol=0)
+        for ids in ([0], [0, 3, 4], [5], [2, 9, 16]):
+            assert_close(teacher.decode(z, torch.tensor(ids)), whole[:, :, ids], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("frame, latents", [(0, 1), (1, 2), (4, 2), (5, 3), (8, 3), (9, 4), (16, 5)])
+def test_no_more_is_decoded_than_needed(frame, latents, monkeypatch):
+    teacher, seen = tiny_wan(frames=17), []
+    real = teacher.vae.decode
+    monkeypatch.setattr(teacher.vae, "decode", lambda z: seen.append(z.shape[2]) or real(z))
+    with torch.no_grad(): teacher.decode(torch.zeros(1, *teacher.latent_shape), torch.tensor([frame]))
+    assert seen == [latents]
+
+
+def test_a_later_latent_alone_is_another_clip():
+    teacher = tiny_wan(frames=17)
+    z = torch.randn(1, *teacher.latent_shape, generator=make_gen(0))
+    with torch.no_grad(): alone, whole = teacher.decode(z[:, :, 2:3]), teacher.decode(z)
+    assert (alone - whole[:, :, 5:9]).abs().amax((0, 1, 3, 4)).min() > 1e-3
+
+
+def test_encode_normalises():
+    teacher = tiny_wan()
+    clips, cfg = torch.rand(2, *teacher.video_shape, generator=make_gen(0)), teacher.vae.config
+    with torch.no_grad(): raw = teacher.vae.encode(clips * 2 - 1).latent_dist.mode()
+    z = teacher.encode(clips)
+    for c in (0, 7, 15):
+        assert_close(z[:, c], (raw[:, c] - cfg.latents_mean[c]) / cfg.latents_std[c], atol=1e-6, rtol=1e-5)
+    assert (teacher.encode(clips, make_gen(0)) - z).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("prompt", ["a red cat", "", "  a  cat &amp;amp;\n a dog ", "a" * 60])
+@pytest.mark.filterwarnings("ignore:the prompt")
+def test_text_is_that_of_the_stock_pipeline(prompt, monkeypatch):
+    import diffusers.pipelines.wan.pipeline_wan as stock
+    if not hasattr(stock, "ftfy"):        # without ftfy the stock pipeline cannot clean; it leaves plain ASCII as it is
+        monkeypatch.setattr(stock, "ftfy", type("ftfy", (), dict(fix_text=staticmethod(str))), raising=False)
+    teacher = tiny_wan(tokens=24)
+    pipe = WanPipeline(teacher.tokenizer, teacher.text_encoder, teacher.vae, teacher.scheduler)
+    want, _ = pipe.encode_prompt([prompt], do_classifier_free_guidance=False, max_sequence_length=24)
+    got = teacher.encode_text([prompt])
+    assert_close(got, want, atol=1e-6, rtol=0)
+    assert got.shape == (1, 24, 32) and (got[0] == 0).all(-1).sum() == 24 - min(24, len(teacher.tokenizer(
+        " ".join(prompt.replace("&amp;amp;", "&").split()))["input_ids"]))
+
+
+@pytest.mark.parametrize("frames, size, says", [
+    (80, (32, 32), "nearest is 81"), (2, (32, 32), "nearest is 1"), (0, (32, 32), "nearest is 1"),
+    (17, (40, 32), "nearest is 32x32|nearest is 48x32"), (17, (32, 3), "nearest is 32x16")])
+def test_clips_that_wan_cannot_take(frames, size, says):
+    with pytest.raises(UserError, match=says): check_clip(frames, size)
+    with pytest.raises(UserError, match=says): tiny_wan(frames=frames, size=size)
+
+
+def test_lora_goes_to_linear_layers_only():
+    teacher = tiny_wan()
+    names, layers = set(teacher.lora_targets()), dict(teacher.denoiser.named_modules())
+    assert "cond_proj" not in names and "patch_embedding" not in names
+    assert {"blocks.0.attn1.to_q", "blocks.1.attn2.to_out.0", "blocks.0.ffn.net.2", "proj_out",
+            "condition_embedder.time_embedder.linear_2"} <= names
+    assert all(isinstance(layers[n], torch.nn.Linear) for n in names)
+
+
+# ---- the recipe, unchanged
+
+def test_one_step_of_the_recipe_and_four_of_the_sampler():
+    student = Student(tiny_wan(frames=17), 4)
+    teacher = student.teacher
+    mean_colour = lambda x, prompts: x.mean((1, 2, 3, 4))
+    model = Distillation(student, Objective(image_frames=2, video_frames=5, shape="raw"), mean_colour, mean_colour)
+    z0 = teacher.encode(torch.rand(2, *teacher.video_shape, generator=make_gen(0)))
+    prompts = ["a cat", "a dog"]
+    ctx, null = teacher.encode_text(prompts), teacher.encode_text([""] * 2)
+    d = draw(model.cfg, z0.shape, make_gen(1))
+    with torch.no_grad():
+        zt = teacher.schedule.add_noise(z0, d.noise, model.ddim.t(d.index))
+        start = student(zt, model.ddim.t(d.index), ctx, d.w)
+    before = {n: p.detach().clone() for n, p in student.trainable().items()}
+    opt = torch.optim.AdamW(student.trainable().values(), 1e-3)
+    out = model(z0, ctx, null, prompts, d)
+    assert_close(out.x0, start, atol=1e-5, rtol=0)
+    out.loss.mean().backward(); opt.step()
+    assert torch.isfinite(out.loss).all() and (out.cd > 0).all() and (out.r_img != out.r_vid).all()
+    moved = {n for n, p in student.trainable().items() if (p != before[n]).any()}
+    assert "cond_proj.weight" in moved and any("lora_B" in n for n in moved)
+    clips = sample_student(student, prompts, make_gen(0), 4)
+    assert clips.shape == (2, *teacher.video_shape) and 0 <= clips.min() and clips.max() <= 1
+    with student.as_teacher(): assert sample_teacher(teacher, prompts, make_gen(0), 4).shape == clips.shape
+
+
+def test_the_target_is_the_euler_step_with_guidance():
+    "The consistency loss of one step, written out with the network's own velocity"
+    student = random_student()
+    t, gen = student.teacher, make_gen(2)
+    z0, prompts = torch.randn(2, *t.latent_shape, generator=gen), ["a cat", "a dog"]
+    ctx, null = t.encode_text(prompts), t.encode_text([""] * 2)
+    model = Distillation(student, Objective(beta_img=0, beta_vid=0, video_frames=5))
+    d = draw(model.cfg, z0.shape, gen)
+    s, r = (t.schedule.sigma[i].view(2, 1, 1, 1, 1) for i in (20*d.index + 19, (20*d.index - 1).clamp_min(0)))
+    wide = lambda v: v.view(2, 1, 1, 1, 1)
+    with torch.no_grad():
+        z = (1 - s) * z0 + s * d.noise
+        net = lambda z, s, c, w=None: t.denoiser(z, 1000 * s.flatten(), c, w).sample
+        with student.as_teacher(): yes, no = net(z, s, ctx), net(z, s, null)
+        z_prev = z + (r - s) * (yes + wide(d.w) * (yes - no))
+        emb = w_embedding(d.w)
+        f = lambda z, s, i: consistency_fn(z, z - s * net(z, s, ctx, emb), i)
+        diff = f(z, s, 20*d.index + 19) - f(z_prev, r, (20*d.index - 1).clamp_min(0))
+        want = ((diff**2 + 1e-6).sqrt() - 1e-3).mean((1, 2, 3, 4))
+        assert_close(model(z0, ctx, null, prompts, d).cd, want, atol=1e-6, rtol=1e-4)
+
+
+# ---- folders
+
+def test_folder_round_trip(tmp_path):
+    teacher = tiny_wan(3, frames=9, size=(32, 48))
+    again = load_wan(save_wan(teacher, tmp_path / "wan"))
+    for k, v in teacher.denoiser.state_dict().items(): assert_close(again.denoiser.state_dict()[k], v, atol=0, rtol=0)
+    assert (again.video_shape, again.latent_shape, again.fps, again.tokens) == ((3, 9, 32, 48), (16, 3, 4, 6), 16, 512)
+    assert again.fingerprint() == teacher.fingerprint() and type(again.denoiser) is GuidedWan
+    assert load_wan(tmp_path / "wan", frames=5, size=(16, 32), fps=8).video_shape == (3, 5, 16, 32)
+    assert json.loads((tmp_path / "wan/transformer/config.json").read_text())["_class_name"] == "WanTransformer3DModel"
+    assert type(WanPipeline.from_pretrained(tmp_path / "wan").transformer) is WanTransformer3DModel
+    with pytest.raises(UserError, match="nearest is 9"): load_wan(tmp_path / "wan", frames=8)
+    half = load_wan(tmp_path / "wan", dtype=torch.bfloat16)
+    x0, _ = half.denoise(torch.zeros(1, *half.latent_shape), full(1, 500), half.encode_text(["a"]), w_embedding(torch.ones(1)))
+    assert half.denoiser.dtype == torch.bfloat16 and x0.dtype == torch.float32
+    assert half.decode(half.encode(torch.rand(1, *half.video_shape))).dtype == torch.float32
+
+
+def tiny_flow():
+    "A flow teacher in the layout of the tiny world, random"
+    torch.manual_seed(0)
+    net = guided_wan(WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=20, out_channels=4,
+                                           text_dim=64, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=16))
+    return FlowTeacher("tiny-flow", net, tiny_vae(), tiny_text_encoder(), tiny_tokenizer(), flow_scheduler(5.), 8, 8)
+
+
+def test_flow_teacher_of_the_tiny_world(tmp_path):
+    teacher = tiny_flow()
+    again = load_wan(save_wan(teacher, tmp_path / "flow", half=True))
+    assert type(again) is FlowTeacher and isinstance(again, Teacher) and isinstance(again.schedule, Flow)
+    assert again.video_shape == (3, 8, 32, 32) and again.latent_shape == (4, 8, 8, 8)
+    assert_close(again.schedule.shift, 5., atol=1e-4, rtol=0)
+    z, ctx = torch.randn(1, 4, 8, 8, 8, generator=make_gen(0)), teacher.encode_text(["a red circle moving left"])
+    for a, b in zip(again.denoise(z, full(1, 700), ctx), teacher.denoise(z, full(1, 700), ctx)): assert_close(a, b, atol=2e-3, rtol=0)
+    assert type(again.vae) is AutoencoderKL and type(again.text_encoder) is CLIPTextModel
+    student = Student(again, 4)
+    student.save(tmp_path / "student")
+    assert load_student(tmp_path / "student", load_wan(tmp_path / "flow")).rank == 4
+    assert sample_student(student, ["a red circle moving left"], make_gen(0), 4).shape == (1, 3, 8, 32, 32)
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda d: (d / "transformer/config.json").unlink(), "has no transformer/config.json"),
+    (lambda d: (d / "vae/config.json").unlink(), "has no vae/config.json"),
+    (lambda d: next((d / "vae").glob("*.safetensors")).write_bytes(b"12345678"), "vae' cannot be loaded as a AutoencoderKLWan"),
+    (lambda d: next((d / "transformer").glob("*.safetensors")).rename(d / "transformer/diffusion_pytorch_model.bin"), "whole safetensors"),
+    (lambda d: (d / "transformer/config.json").write_text('{"_class_name": "UNet3DConditionModel"}'), "holds a UNet3DConditionModel")])
+def test_a_folder_that_is_no_wan(tmp_path, spoil, says):
+    spoil(save_wan(tiny_wan(), tmp_path / "wan"))
+    with pytest.raises(UserError, match=says): load_wan(tmp_path / "wan")
+
+
+# ---- back to stock diffusers
+
+@SHIFTS
+@pytest.mark.parametrize("steps, origin", [(1, 50), (2, 50), (3, 50), (4, 50), (8, 50), (16, 50), (4, 200), (4, 20)])
+def test_stock_scheduler_has_our_grid(shift, steps, origin):
+    lcm, flow = stock_scheduler(flow_scheduler(shift), steps, origin), Flow.shifted(shift)
+    lcm.set_timesteps(steps)
+    assert type(lcm) is FlowMatchLCMScheduler
+    assert_close(lcm.timesteps, flow.time(torch.tensor(few_step_grid(steps, origin))), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("w", [0., 3., 6.5])
+def test_lora_in_the_stock_pipeline(tmp_path, w):
+    "Stock weights, stock classes, stock loader and sampling loop: the frames of our student"
+    save_wan(tiny_wan(), tmp_path / "wan")
+    student = random_student()
+    net, t = student.teacher.denoiser, student.teacher
+    file = save_wan_lora(net, tmp_path / "lora", w)
+    assert {k.split(".")[0] for k in load_file(file)} == {"transformer"}
+    pipe = WanPipeline.from_pretrained(tmp_path / "wan")
+    z, ctx = torch.randn(1, *t.latent_shape, generator=make_gen(5)), t.encode_text(["a cat"])
+    with torch.no_grad(): plain = pipe.transformer(z, torch.tensor([700.]), ctx).sample
+    pipe.load_lora_weights(tmp_path / "lora")
+    pipe.scheduler = stock_scheduler(t.scheduler, 4)
+    pipe.set_progress_bar_config(disable=True)
+    emb = w_embedding(torch.tensor([w]))
+    with torch.no_grad():
+        ours, theirs = net(z, torch.tensor([700.]), ctx, emb).sample, pipe.transformer(z, torch.tensor([700.]), ctx).sample
+        assert_close(theirs, ours, atol=1e-5, rtol=0)
+        assert (theirs - plain).abs().max() > .1
+        torch.manual_seed(0)
+        f = lambda z, s: student(z, s, ctx, torch.tensor([w]))
+        *_, (_, x0, _) = few_step_sample(f, z, few_step_grid(4), t.schedule, lambda i: torch.randn(z.shape))
+        torch.manual_seed(0)
+        frames = pipe(prompt_embeds=ctx, latents=z, num_inference_steps=4, guidance_scale=1., height=32, width=32,
+                      num_frames=17, output_type="pt").frames
+        assert_close(frames.transpose(1, 2), t.decode(x0), atol=1e-4, rtol=0)
+    pipe.fuse_lora(); pipe.unload_lora_weights()             # merged for good, as people do
+    with torch.no_grad(): assert_close(pipe.transformer(z, torch.tensor([700.]), ctx).sample, ours, atol=1e-5, rtol=0)
+
+
+def test_two_scales_give_two_files():
+    net = random_student().teacher.denoiser
+    a, b = wan_lora(net, 2.), wan_lora(net, 5.)
+    assert {k for k in a if not torch.equal(a[k], b[k])} == {
+        "transformer.condition_embedder.time_embedder.linear_2.lora_B.bias"}
