@@ -36,7 +36,8 @@ setup(
                 + [f"Programming Language :: Python :: {v}" for v in py_versions[:1]],
     packages=find_packages(include=[lib, f"{lib}.*"]),
     include_package_data=True,
-    package_data={lib: [f"weights/**/*.{s}" for s in ("safetensors", "json", "md", "txt")]},
+    package_data={lib: ["published/*.csv", *(f"weights/**/*.{s}" for s in
+                                             ("safetensors", "json", "md", "txt"))]},
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(),

@@ -24,7 +24,7 @@ from .solver import DDIM, ddim_sample
 from .student import Student, load_student
 from .teachers.base import Teacher
 from .teachers.folders import (ScaledSchedule, check_size, load_teacher,
-                                        local_folder)
+                                        local_folder, teacher_class)
 
 # %% ../nbs/32_pipeline.ipynb #730c6d34
 @dataclass
@@ -56,31 +56,30 @@ class T2VTurboPipeline(DiffusionPipeline):
                                 height=height, width=width)
         self.video_processor = VideoProcessor(do_resize=False)
 
-    def as_teacher(self)->Teacher:
+    def as_teacher(self,
+                   frames:int=None, # of a clip; the pipeline's own if `None`
+                   size:tuple=None, # height and width, pixels; the pipeline's own if `None`
+                  )->Teacher:
         "The same components behind the teacher protocol"
         c, dev = self.config, self._execution_device  # weights stay where offloading put them
-        t = Teacher("pipeline", self.denoiser, self.vae, self.text_encoder, self.tokenizer,
-                    self.scheduler, c.num_frames, c.fps, c.height and (c.height, c.width))
+        size = size or c.height and (c.height, c.width)
+        t = teacher_class(self.denoiser, self.vae)(
+            "pipeline", self.denoiser, self.vae, self.text_encoder, self.tokenizer,
+            self.scheduler, frames or c.num_frames, c.fps, **(dict(size=size) if size else {}))
         t.latent_mean, t.latent_std = t.latent_mean.to(dev), t.latent_std.to(dev)
         return t
 
 # %% ../nbs/32_pipeline.ipynb #964cfd98
 @patch
-def start(self:T2VTurboPipeline,
-          model,          # the parts as a `Teacher`
-          n:int,          # clips
-          num_frames,     # of a clip; the model's own if `None`
-          height, width,  # pixels; the model's own if `None`
-          latents,        # start noise that is given, or `None`
-          generator,      # draws it otherwise
-         )->torch.Tensor: # start noise `(n c t h w)`
-    "Start noise `(n c t h w)` of the size that is asked for"
-    (_, t, *own), (c, _, h, _) = model.video_shape, model.latent_shape
-    f = own[0] // h
-    size = check_size((height or own[0], width or own[1]), f)
-    shape = (n, c, num_frames or t, *(v // f for v in size))
-    dev = self._execution_device
-    return randn_tensor(shape, generator, dev) if latents is None else latents.to(dev)
+def resized(self:T2VTurboPipeline,
+            num_frames,    # of a clip; the pipeline's own if `None`
+            height, width, # pixels; the pipeline's own if `None`
+           )->Teacher:
+    "The parts for clips of this size; one that they cannot take is refused"
+    own = self.as_teacher()
+    (_, _, h, w), (_, _, lh, _) = own.video_shape, own.latent_shape
+    size = check_size((height or h, width or w), h // lh)
+    return self.as_teacher(num_frames, size)
 
 # %% ../nbs/32_pipeline.ipynb #28b21536
 @patch_to(T2VTurboPipeline)
@@ -106,9 +105,10 @@ def __call__(self,
     steps = few_step_grid(num_inference_steps, origin_steps)
     w = self.config.guidance_scale if guidance_scale is None else guidance_scale
     if w < 0: raise UserError(f"guidance_scale {w} is negative: give 0 (no guidance) or more")
-    model = self.as_teacher()
+    model = self.resized(num_frames, height, width)
     ctx, dev = model.encode_text(prompts), self._execution_device
-    z = self.start(model, len(prompts), num_frames, height, width, latents, generator)
+    shape = (len(prompts), *model.latent_shape)
+    z = randn_tensor(shape, generator, device=dev) if latents is None else latents.to(dev)
     emb = w_embedding(torch.full((len(prompts),), float(w), device=dev))
     f = lambda zt, t: consistency_fn(zt, model.denoise(zt, t, ctx, emb)[0], t)
     noise = lambda i: randn_tensor(z.shape, generator, device=dev)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOADERS', 'kind_of', 'local_folder', 'tiny_modelscope', 'check_size', 'check_whole', 'load_part', 'load_unet_teacher',
-           'ScaledSchedule', 'load_teacher']
+           'ScaledSchedule', 'teacher_class', 'load_teacher']
 
 # %% ../../nbs/15_folders.ipynb #41f1705a
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from diffusers import AutoencoderKL, AutoencoderKLWan, DDIMScheduler, UNet3DConditionModel
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -24,7 +24,7 @@ from . import tiny
 from .base import Teacher
 from .published import with_w_projection
 from .videocrafter2 import clip_tokenizer, set_fps, vc2_scheduler, x0_scale
-from .wan import load_wan
+from .wan import FlowTeacher, GuidedWan, WanTeacher, load_wan
 
 # %% ../../nbs/15_folders.ipynb #08d22e65
 _PLACES = ("unet", "transformer", "denoiser")   # where the network of a folder may lie
@@ -174,6 +174,14 @@ def _load_tiny(folder, frames=None, size=None, fps=None, dtype=torch.float32):
 
 LOADERS = dict(TinyVideoDenoiser=_load_tiny, UNet3DConditionModel=load_unet_teacher,
                WanTransformer3DModel=load_wan)
+
+# %% ../../nbs/15_folders.ipynb #577112d9
+def teacher_class(denoiser:torch.nn.Module, # a teacher's network
+                  vae:torch.nn.Module,      # and its VAE
+                 )->type:                   # `Teacher`, or what it must be instead
+    "Which class puts these networks behind the protocol"
+    if not isinstance(denoiser, GuidedWan): return Teacher
+    return WanTeacher if isinstance(vae, AutoencoderKLWan) else FlowTeacher
 
 # %% ../../nbs/15_folders.ipynb #96a062c1
 def load_teacher(name:str="tiny",    # `"tiny"`, a diffusers folder, or a hub id

@@ -122,7 +122,7 @@ def with_places(sample:Tensor,  # latents `(b c t h w)`
 
 # %% ../../nbs/14_wan.ipynb #624ad57c
 class GuidedWan(WanTransformer3DModel):
-    "`WanTransformer3DModel`, called like `UNet3DConditionModel`, that may be told the guidance scale"
+    "`WanTransformer3DModel` called like `UNet3DConditionModel`, with or without a guidance scale"
     @wraps(WanTransformer3DModel.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -340,7 +340,8 @@ def load_wan(folder:Path,      # Wan 2.1 in diffusers' layout, or from `save_wan
     scheduler = getattr(diffusers, _class_of(folder, "scheduler", "scheduler_config.json"))
     net = guided_wan(_part(WanTransformer3DModel, folder, "transformer", dtype))
     return cls(str(folder), net, _part(vae, folder, "vae", dtype),
-               _part(text, folder, "text_encoder", dtype), _part(AutoTokenizer, folder, "tokenizer"),
+               _part(text, folder, "text_encoder", dtype),
+               _part(AutoTokenizer, folder, "tokenizer"),
                _part(scheduler, folder, "scheduler"), **{k: v for k, v in given.items() if v})
 
 # %% ../../nbs/14_wan.ipynb #5d4dd51e

@@ -1,0 +1,62 @@
+"The commands `vbench`, `generate` and `rate`"
+import csv
+
+import pytest
+import torch
+
+from t2v_turbo.cli import main
+from t2v_turbo.core import write_video
+from t2v_turbo.rate import COLUMNS, find_pairs, _study_id
+from t2v_turbo.vbench import published
+from test_vbench import results, table, written
+
+
+def test_vbench_check(tmp_path, capsys):
+    assert main(["vbench", "check", str(table(tmp_path / "t.csv", published()))]) == 0
+    assert main(["vbench", "check", str(table(tmp_path / "t.csv", published(), aesthetic_quality="56.39"))]) == 1
+    assert "ModelScope" in capsys.readouterr().out
+    assert main(["vbench", "check"]) == 0
+    assert main(["vbench", "check", str(tmp_path / "no.csv")]) == 2 and "cannot read" in capsys.readouterr().err
+    with pytest.raises(SystemExit): main(["vbench"])
+
+
+def test_vbench_score(tmp_path, capsys):
+    path = written(tmp_path / "mine_eval_results.json", results())
+    assert main(["vbench", "score", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "**mine**" in out and "[" in out and "T2V-Turbo(VC2,4step)" in out
+    short = written(tmp_path / "short.json", dict(scene=[.4, []]))
+    assert main(["vbench", "score", str(short)]) == 2
+    assert main(["vbench", "score", str(short), "--zero_missing"]) == 0
+
+
+def test_generate(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a red circle moving left\na blue cross growing\n")
+    call = ["generate", "--suite", "evalcrafter", "--prompts", str(tmp_path / "p.txt")]
+    assert main([*call, "--out", str(tmp_path / "s"), "--steps", "1"]) == 0
+    assert main([*call, "--out", str(tmp_path / "t"), "--teacher", "tiny", "--steps", "2"]) == 0
+    assert sorted(p.name for p in (tmp_path / "s/videos").iterdir()) == ["0000.mp4", "0001.mp4"]
+    assert main([*call, "--out", str(tmp_path / "s"), "--steps", "2"]) == 2
+    assert main(["generate", "--prompts", str(tmp_path / "no")]) == 2
+    assert main([*call, "--steps", "20"]) == 2 and main([*call, "--student", "x", "--teacher", "tiny"]) == 2
+    assert main(["generate"]) == 2
+    assert [p.caption for p in find_pairs(tmp_path / "s", tmp_path / "t")] == ["a red circle moving left", "a blue cross growing"]
+
+
+def test_rate(tmp_path, capsys):
+    for k in "ab":
+        (tmp_path / k).mkdir()
+        for i in range(4):
+            write_video(tmp_path / k / f"a cat-{i}.mp4", torch.rand(3, 4, 32, 32))
+    a, b, out = [str(tmp_path / x) for x in ("a", "b", "s.html")]
+    assert main(["rate", "make", a, b, out]) == 0 and "4 pairs" in capsys.readouterr().out
+    pairs = find_pairs(a, b)
+    with open(tmp_path / "r.csv", "w", newline="") as f:
+        t = csv.DictWriter(f, COLUMNS); t.writeheader()
+        for p in pairs: t.writerow(dict(study=_study_id(pairs), rater="x", pair=p.id, question="text", rep=0, left="a", choice=1, seconds=1))
+    assert main(["rate", "report", str(tmp_path / "r.csv"), "--page", out, "--names", "new,old", "--out", str(tmp_path / "o")]) == 0
+    assert "win rate of new over old" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["ratings.json", "ratings.png"]
+    assert main(["rate", "report", str(tmp_path / "r.csv")]) == 0 and "unknown pairs were not" in capsys.readouterr().out
+    assert main(["rate", "report", out]) == 2 and main(["rate", "make", a, str(tmp_path / "c"), out]) == 2
+    assert main(["rate", "report", str(tmp_path / "r.csv"), "--names", "x"]) == 2

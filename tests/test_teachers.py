@@ -1,0 +1,64 @@
+"One command for every teacher; and the recipe names none of them"
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import t2v_turbo
+from t2v_turbo.cli import main
+from t2v_turbo.teachers.folders import tiny_modelscope
+from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2, tiny_videocrafter2
+from t2v_turbo.teachers.wan import save_wan, tiny_wan
+
+RECIPE = "schedule", "solver", "consistency", "data", "student", "distill", "train", "pipeline"
+
+
+def videocrafter2(folder):
+    folder.parent.mkdir(exist_ok=True)
+    torch.save(dict(state_dict=tiny_videocrafter2()), folder.with_suffix(".ckpt"))
+    words = folder.with_suffix(".txt")
+    words.write_text("#version: toy\np a\npa n\nd a</w>\npan da</w>\na n\nr e\n")
+    convert_videocrafter2(folder.with_suffix(".ckpt"), folder, 16, words)
+
+
+SMALL = ["--height", "32", "--width", "32"]
+KINDS = dict(tiny=(None, []), ms=(tiny_modelscope, [*SMALL, "--frames", "8"]),
+             vc2=(videocrafter2, [*SMALL, "--frames", "8"]),
+             wan=(lambda folder: save_wan(tiny_wan(), folder),
+                  [*SMALL, "--frames", "9", "--video_frames", "3"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_and_four(kind, tmp_path, capsys):
+    "A real optimiser step with both rewards, and a clip in four steps, from the command line"
+    make, options = KINDS[kind]
+    name = "tiny" if make is None else str(tmp_path / kind)
+    if make: make(tmp_path / kind)
+    out = tmp_path / "student"
+    one = ["--steps", "1", "--batch", "2", "--rank", "2", "--eval_every", "0", "--repeats", "1"]
+    assert main(["distill", "--teacher", name, *one, *options, "--out", str(out)]) == 0
+    assert main(["sample", "--student", str(out / "student"), "--out", str(tmp_path / "v")]) == 0
+    assert len(list((tmp_path / "v").glob("*.mp4"))) == 1
+
+
+def test_illegal_sizes_name_the_nearest(tmp_path, capsys):
+    for kind, bad, told in (("ms", ["--height", "30", "--width", "32"], "the nearest is 32x32"),
+                            ("wan", ["--frames", "8"], "the nearest is 9")):
+        KINDS[kind][0](tmp_path / kind)
+        out = tmp_path / "out"
+        assert main(["distill", "--teacher", str(tmp_path / kind), *bad, "--out", str(out)]) == 2
+        assert told in capsys.readouterr().err and not out.exists()
+
+
+@pytest.mark.parametrize("module", RECIPE)
+def test_recipe_names_no_teacher(module):
+    "Solver, losses, trainer and sampler know the protocol, and not who is behind it"
+    tree = ast.parse((Path(t2v_turbo.__file__).parent / f"{module}.py").read_text())
+    words = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    words |= {a.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    words |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    words |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    known = r"unet3d|wan$|wan_|wanteacher|wantransformer|videocrafter|vc2|modelscope|teachers\.tiny|tinyvideo"
+    assert not [w for w in words if re.search(known, w.lower())]
