@@ -22,7 +22,7 @@ from torch import nn
 from .core import UserError, atomic, make_gen
 from .data import ClipFolder
 from .distill import Distillation, Objective, draw
-from .rewards.tiny import load_reward
+from .rewards.names import rewards_from
 from .student import Student
 from .teachers.folders import load_teacher
 from .world import World
@@ -37,6 +37,7 @@ class Config:
     height:int = 0             # of a clip, pixels; 0: the teacher's own
     width:int = 0
     fps:int = 0                # frames a second, where the teacher is told; 0: its own
+    reward:str = ""            # name[=weight][@file], .. of notebook 26; empty: the tiny ones
     data:str = ""              # folder of real clips with captions; empty renders the tiny world
     steps:int = 500            # optimiser steps
     batch:int = 8              # clips a step, over all processes together
@@ -101,8 +102,9 @@ class Trainer:
         self.source = (ClipFolder(cfg.data, frames, tuple(size), teacher.fps, cfg.seed) if cfg.data
                        else World("train", cfg.seed, frames, size[0]))
         self.student = Student(teacher, cfg.rank, cfg.seed)
-        image_reward = image_reward or (load_reward("tiny-image") if o.beta_img else None)
-        video_reward = video_reward or (load_reward("tiny-video") if o.beta_vid else None)
+        tiny = [n for n, b in (("tiny-image", o.beta_img), ("tiny-video", o.beta_vid)) if b]
+        named = rewards_from(cfg.reward.split(",") if cfg.reward else tiny)
+        image_reward, video_reward = image_reward or named["image"], video_reward or named["video"]
         model = Distillation(self.student, o, image_reward, video_reward).to(acc.device)
         self.params = list(self.student.trainable().values())
         opt = torch.optim.AdamW(self.params, cfg.lr, weight_decay=0.)

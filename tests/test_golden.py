@@ -1,11 +1,12 @@
 "Parity with numbers recorded from the published implementations; sizes are read from the files"
 from inspect import signature
 import golden_core
+import golden_rewards
 import golden_teachers
 import pytest
 from golden_files import FILES, FOLDER
 
-PARTS = golden_core.PARTS | golden_teachers.PARTS
+PARTS = golden_core.PARTS | golden_teachers.PARTS | golden_rewards.PARTS
 
 
 def lora_lists():
