@@ -23,7 +23,7 @@ from .core import UserError
 from .solver import DDIM, ddim_sample
 from .student import Student, load_student
 from .teachers.base import Teacher
-from .teachers.folders import (ScaledSchedule, check_size, load_teacher,
+from .teachers.folders import (ScaledSchedule, check_size, check_whole, load_teacher,
                                         local_folder, teacher_class)
 
 # %% ../nbs/32_pipeline.ipynb #730c6d34
@@ -79,6 +79,7 @@ def resized(self:T2VTurboPipeline,
     own = self.as_teacher()
     (_, _, h, w), (_, _, lh, _) = own.video_shape, own.latent_shape
     size = check_size((height or h, width or w), h // lh)
+    if num_frames is not None: check_whole("num_frames", num_frames)
     return self.as_teacher(num_frames, size)
 
 # %% ../nbs/32_pipeline.ipynb #28b21536

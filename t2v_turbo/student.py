@@ -104,6 +104,7 @@ def save(self:Student,
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(self.teacher.denoiser)
     state |= {n: p for n, p in self.trainable().items() if "cond_proj" in n}
+    state |= {n: self.teacher.denoiser.get_parameter(n) for n in getattr(self, "whole", [])}
     with atomic(folder / "adapter_model.safetensors") as tmp:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, tmp)
     self.config.save_pretrained(folder)
@@ -155,3 +156,4 @@ def load_tensors(self:Student,
                         f"{len(state)} LoRA tensors for {len(self.trainable()) - len(want)} places")
     with torch.no_grad():
         for n, v in whole.items(): self.teacher.denoiser.get_parameter(n).copy_(v)
+    self.whole = [n for n in whole if n not in proj]   # `save` stores them again

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet3DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
 from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.schedule import Schedule
@@ -121,7 +122,8 @@ def test_what_is_no_teacher(ms, tmp_path, monkeypatch):
 def test_pickles_and_broken_files_are_refused(ms, tmp_path):
     folder = copy(ms, tmp_path/'bin')
     file = folder/'unet/diffusion_pytorch_model.safetensors'
-    file.rename(file.with_suffix('.bin'))
+    torch.save(load_file(file), file.with_suffix('.bin'))
+    file.unlink()
     with pytest.raises(UserError, match='cannot be loaded as a UNet3DConditionModel'): load_teacher(folder)
     folder = copy(ms, tmp_path/'cut')
     file = folder/'vae/diffusion_pytorch_model.safetensors'

@@ -74,6 +74,16 @@ def test_adapters_are_the_whole_model(at, base):
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-5, msg=k)
 
 
+def test_adapters_at_another_frame_rate_and_saved_again(at, tmp_path):
+    convert_lora(at/'vc2.pt', at/'vc2', tmp_path/'s', fps=8)
+    convert_lora(at/'vc2.pt', at/'vc2', tmp_path/'w', fps=8, merged=True)
+    student = load_student(tmp_path/'s')
+    assert student.teacher.fps == 8
+    student.save(tmp_path/'again')
+    a, b = load_student(tmp_path/'again').merged().state_dict(), load_unet(tmp_path/'w').state_dict()
+    for k in b: torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-5, msg=k)
+
+
 def test_a_lora_on_another_base_is_refused(at, tmp_path):
     told = json.loads((at/'ms adapters/student.json').read_text())
     assert told['teacher'] == str((at/'ms').resolve())
@@ -161,6 +171,7 @@ def test_sizes_of_the_call(at):
     pipe = open_pipe(at/'ms whole', frames=2)
     assert pipe('a', 1, num_frames=3, height=24, width=40).frames.shape == (1, 3, 3, 24, 40)
     with pytest.raises(UserError, match='nearest is 24x40'): pipe('a', 1, height=25, width=40)
+    with pytest.raises(UserError, match='num_frames -1'): pipe('a', 1, num_frames=-1)
 
 
 def test_prompts_of_a_file(at, tmp_path):

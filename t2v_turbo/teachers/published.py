@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 
 from ..core import UserError, atomic, make_gen, write_json
 from .base import Teacher
-from .videocrafter2 import (fps_bias, unet_from_vc2, vc2_lora_layers,
-                                              vc2_to_diffusers)
+from .videocrafter2 import (fps_bias, set_fps, unet_from_vc2,
+                                              vc2_lora_layers, vc2_to_diffusers)
 
 # %% ../../nbs/13_published.ipynb #0576d99e
 FPS = ["fps_embedding.0", "fps_embedding.2"]  # VideoCrafter2 only; no such layers in diffusers
@@ -246,8 +246,9 @@ def _write_adapters(out, unet, named, extra, about):
     with atomic(out) as tmp:
         config.save_pretrained(tmp)
         save_file(to_peft(named) | extra, tmp / "adapter_model.safetensors")
-        write_json(tmp / "student.json", dict(teacher=about["base_folder"], rank=config.r,
-                                              fingerprint=mark, about=about))
+        options = {k: about[k] for k in ("fps",) if k in about}       # for its loader
+        write_json(tmp / "student.json", dict(teacher=about["base_folder"], options=options,
+                                              rank=config.r, fingerprint=mark, about=about))
 
 # %% ../../nbs/13_published.ipynb #8fecac58
 @torch.no_grad()
@@ -270,7 +271,9 @@ def convert_lora(path:Path,           # the published `unet_lora.pt`
         unet.time_embedding.cond_proj.weight.copy_(proj)
         return _write_model(out, unet, base_folder, mlp, fps)
     extra = {f"{COND}.weight": proj.contiguous()}
-    if mlp: extra["time_embedding.linear_2.base_layer.bias"] = fps_bias(merge_fps(named, mlp), fps)
+    if mlp:
+        extra["time_embedding.linear_2.base_layer.bias"] = fps_bias(merge_fps(named, mlp), fps)
+        set_fps(unet, base_folder, fps)      # the teacher below, as `options` will ask for it
     about = dict(source=Path(path).name, base=base, base_folder=str(Path(base_folder).resolve()),
                  w_projection=str(w_projection)) | (dict(fps=fps) if mlp else {})
     _write_adapters(out, unet, {n: p for n, p in named.items() if n not in FPS}, extra, about)
