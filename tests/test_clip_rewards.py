@@ -141,11 +141,12 @@ def test_crop_window():
     assert min(lefts) >= 0 and max(lefts) <= 16 and len(lefts) > 8
 
 
-def test_resize_is_antialiased():
-    "A checkerboard shrinks to grey, not to a checkerboard"
-    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2
-    x = clip.squash(board.float().expand(1, 3, 64, 64), 16)
-    assert (x[..., 2:-2, 2:-2] - .5).abs().max() < .05
+@pytest.mark.parametrize("fit", ["letterbox", "squash", "crop"])
+def test_resize_is_antialiased(fit):
+    "Shrunk by eight, nearly every pixel still counts; plain bicubic would read one in four"
+    x = torch.rand(1, 3, 256, 256, generator=make_gen(0)).requires_grad_()
+    getattr(clip, fit)(x, 32).sum().backward()
+    assert (x.grad != 0).float().mean() > .9
 
 
 def test_pixels_are_prepared_in_float32():
@@ -156,7 +157,7 @@ def test_pixels_are_prepared_in_float32():
 
 
 @pytest.mark.parametrize("bad,says", [
-    (torch.rand(2, 3, 1, 8, 8) + 1.5, "bring them to"), (torch.rand(2, 3, 1, 8, 8) - .5, "bring them to"),
+    (torch.rand(2, 3, 1, 8, 8)*.5 + .7, "bring them to"), (torch.rand(2, 3, 1, 8, 8)*.5 - .2, "bring them to"),
     (torch.rand(3, 3, 1, 8, 8), "3 clips and 2 prompts"), (torch.rand(2, 4, 1, 8, 8), "of shape"),
     (torch.rand(2, 3, 8, 8), "of shape")])
 def test_bad_frames(bad, says):

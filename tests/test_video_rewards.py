@@ -255,10 +255,10 @@ def test_internvideo2_frames_and_padding():
     tower = rm.vision_encoder
     x = torch.randn(1, 3, 8, 32, 32, generator=make_gen(0))
     assert tower(x[:, :, :1]).shape == tower(x).shape == (1, 24)
-    tower.img_pos_embed += 1                   # a single frame has positions of its own
-    still = tower(x[:, :, :4])
-    tower.img_pos_embed += 1
-    assert torch.equal(tower(x[:, :, :4]), still)
+    before = [tower(x[:, :, :n]) for n in (1, 4)]
+    tower.img_pos_embed.neg_()                 # a single frame has positions of its own
+    after = [tower(x[:, :, :n]) for n in (1, 4)]
+    assert not torch.allclose(after[0], before[0]) and torch.equal(after[1], before[1])
     short, rm.facts = rm.text_features(["a dog"]), iv2.replace(rm.facts, tokens=7)
     rm._apply(lambda p: p)
     torch.testing.assert_close(rm.text_features(["a dog"]), short)
