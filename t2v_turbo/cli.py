@@ -335,7 +335,8 @@ def generate(o:GenerateOptions, # what to make
     "Write the videos of a suite that are not there yet"
     from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.suites import by_student, by_teacher, generate, jobs, processes, read_suite
-    from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher
+    from t2v_turbo.teachers.folders import load_teacher
+    from t2v_turbo.teachers.tiny import WEIGHTS
     todo, device = jobs(read_suite(o.prompts, o.suite), o.suite, o.seed), processes().device
     if o.teacher:
         t = load_teacher(o.teacher).to(device)

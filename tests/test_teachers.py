@@ -62,3 +62,13 @@ def test_recipe_names_no_teacher(module):
     words |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
     known = r"unet3d|wan$|wan_|wanteacher|wantransformer|videocrafter|vc2|modelscope|teachers\.tiny|tinyvideo"
     assert not [w for w in words if re.search(known, w.lower())]
+
+
+@pytest.mark.parametrize("kind", ["ms", "wan"])
+def test_suite_of_a_teacher_in_a_folder(kind, tmp_path):
+    "`generate --teacher` opens the folders that `distill --teacher` opens"
+    KINDS[kind][0](tmp_path / kind)
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    assert main(["generate", "--suite", "evalcrafter", "--prompts", f"{tmp_path}/prompts.txt", "--teacher",
+                 f"{tmp_path}/{kind}", "--steps", "1", "--out", f"{tmp_path}/out"]) == 0
+    assert len(list((tmp_path / "out" / "videos").glob("*.mp4"))) == 1
