@@ -64,10 +64,9 @@ class Draw:
 def draw(cfg:Objective,       # what is drawn from
          shape:tuple,         # of the latents `(b, c, t, h, w)`
          gen:torch.Generator, # CPU generator
-         frames:int=None,     # of a clip, where they are more than those of its latents
         )->Draw:
     "n ~ U[1, N-k], w ~ U[w_min, w_max], noise and frames (Algorithm 1)"
-    b, t = shape[0], frames or shape[2]
+    b, t = shape[0], shape[2]
     return Draw(torch.randn(shape, generator=gen),
                 torch.randint(1000 // cfg.k, (b,), generator=gen),
                 cfg.w_min + (cfg.w_max - cfg.w_min) * torch.rand(b, generator=gen),

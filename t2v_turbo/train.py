@@ -129,7 +129,7 @@ def backward(self:Trainer)->dict: # means over the whole batch
     teacher, n = self.student.teacher, cfg.batch // acc.num_processes
     rows = slice(acc.process_index * n, (acc.process_index + 1) * n)
     gen = make_gen(cfg.seed * 1_000_003 + self.step)
-    d = draw(cfg.objective, (cfg.batch, *teacher.latent_shape), gen, teacher.video_shape[1])
+    d = draw(cfg.objective, (cfg.batch, *teacher.latent_shape), gen)
     z0 = teacher.encode(clips[rows].to(acc.device))
     ctx, null = teacher.encode_text(prompts[rows]), teacher.encode_text([""] * n)
     out = self.model(z0, ctx, null, prompts[rows], d.rows(rows).to(acc.device), self.target_weights)
