@@ -41,8 +41,8 @@ def run_name(variant, seed):
 def train_all(out, a):
     "All trainings, `jobs` at a time, each in a process of its own"
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // a.jobs)), "OMP_WAIT_POLICY": "PASSIVE"}
-    todo = [(v, s) for raw in (False, True) for s in range(a.seeds) for v in VARIANTS
-            if (v == "turbo, raw R") == raw and not (out / run_name(v, s) / "done").is_file()]
+    todo = [(v, s) for s in range(a.seeds) for v in VARIANTS if not (out / run_name(v, s) / "done").is_file()]
+    todo.sort(key=lambda run: VARIANTS[run[0]][2] == "raw")   # the side question last
     live = []
     while todo or live:
         while todo and len(live) < a.jobs:

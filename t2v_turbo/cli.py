@@ -397,15 +397,12 @@ def rate_report_files(files,     # csv or json files of raters
         with atomic(Path(out) / "ratings.png") as tmp: rate_plot(report).savefig(tmp, dpi=150)
     return 0
 
-# %% ../nbs/50_cli.ipynb #d15b67c5
-def more_parsers(sub,       # what `add_subparsers` returned
-                 verb:str=None, # the subcommand that will be used; the others get no options
+# %% ../nbs/50_cli.ipynb #565d9b78
+def more_parsers(sub, # what `add_subparsers` returned
                 )->None:
-    "`vbench`, `generate` and `rate`"
+    "`vbench` and `rate`"
     def add(to, name, help):
         return to.add_parser(name, help=help, description=help, allow_abbrev=False)
-    p = add(sub, "generate", "write the videos of a prompt suite")
-    if verb == "generate": add_options(p, GenerateOptions)
     p = add(sub, "vbench", "sum up VBench's results, or check a table of them")
     does = p.add_subparsers(dest="what", required=True, metavar="check|score")
     p = add(does, "check", "exit code 1 if a row's scores do not follow from its dimensions")
@@ -431,7 +428,6 @@ def more_parsers(sub,       # what `add_subparsers` returned
 def run_more(a:argparse.Namespace, # parsed
             )->int:                # exit code
     "Run one of the verbs of `more_parsers`"
-    if a.verb == "generate": return generate(read_options(a, GenerateOptions))
     if a.verb == "vbench":
         from t2v_turbo.vbench import vbench_check
         if a.what == "check": return vbench_check(a.file, a.tol)
@@ -452,7 +448,7 @@ def parts_of(verb:str, # a subcommand
     "Which dataclasses a verb is configured by; only `distill` imports the trainer for it"
     if verb != "distill":
         return {"sample": (SampleOptions,), "evaluate": (EvaluateOptions,),
-                "pretrain": (PretrainOptions,)}.get(verb, ())
+                "pretrain": (PretrainOptions,), "generate": (GenerateOptions,)}[verb]
     from t2v_turbo.train import Config, Objective
     return Config, Objective, DistillOptions
 
@@ -467,14 +463,16 @@ def parser(verb:str=None, # the subcommand that will be used; the others get no 
                        ("sample", "write videos of prompts"),
                        ("evaluate", "judge a student on held-out prompts"),
                        ("pretrain", "train the weights that ship with the package"),
-                       ("convert", "turn published weights into diffusers folders")):
+                       ("generate", "write the videos of a prompt suite")):
         p = sub.add_parser(name, help=help, description=help, allow_abbrev=False)
         for cls in parts_of(name) if name == verb else (): add_options(p, cls)
+    help = "turn published weights into diffusers folders"
+    p = sub.add_parser("convert", help=help, description=help, allow_abbrev=False)
     kinds = p.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, cls in CONVERT.items():
         add_options(kinds.add_parser(name, help=cls.__doc__, description=cls.__doc__,
                                      allow_abbrev=False), cls)
-    more_parsers(sub, verb)
+    more_parsers(sub)
     return top
 
 # %% ../nbs/50_cli.ipynb #50faf696
@@ -494,7 +492,7 @@ def run(argv:list=None, # arguments, `sys.argv[1:]` by default
     if a.verb == "sample": return sample(read_options(a, SampleOptions))
     if a.verb == "evaluate": return evaluate(read_options(a, EvaluateOptions))
     if a.verb == "convert": return read_options(a, CONVERT[a.kind]).run()
-    if a.verb == "generate": return run_more(a)
+    if a.verb == "generate": return generate(read_options(a, GenerateOptions))
     from t2v_turbo.pretrain import pretrain
     return pretrain(a.out, a.scale)
 

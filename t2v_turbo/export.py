@@ -14,7 +14,7 @@ from diffusers import LCMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from .consistency import w_embedding
 from .core import UserError, atomic, write_json
 from .pipeline import T2VTurboPipeline
-from .teachers.published import COND, rebuild
+from .teachers.published import COND, new_folder, rebuild
 
 # %% ../nbs/34_export.ipynb #0b455a59
 @torch.no_grad()
@@ -42,8 +42,7 @@ def export_stock(pipe:T2VTurboPipeline, # from any student of a UNet teacher
                  origin_steps:int=50,   # timesteps of the training grid; 200 for T2V-Turbo-v2
                 )->Path:                # `out`
     "Write a student for `TextToVideoSDPipeline`; sample it with `guidance_scale=1`"
-    if Path(out).exists():
-        raise UserError(f"{str(out)!r} is there already: give a folder that does not exist yet")
+    new_folder(out)
     w = pipe.config.guidance_scale if w is None else w
     lcm = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=origin_steps,
                                    clip_sample=False, thresholding=False)

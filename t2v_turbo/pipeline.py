@@ -22,9 +22,9 @@ from .consistency import consistency_fn, few_step_grid, few_step_sample, w_embed
 from .core import UserError
 from .solver import DDIM, ddim_sample
 from .student import Student, load_student
-from .teachers.base import Teacher
-from .teachers.folders import (ScaledSchedule, check_size, check_whole, load_teacher,
-                                        local_folder, teacher_class)
+from .teachers.base import Teacher, check_size
+from .teachers.folders import (ScaledSchedule, check_whole, load_teacher, local_folder,
+                                        teacher_class)
 
 # %% ../nbs/32_pipeline.ipynb #730c6d34
 @dataclass
@@ -77,9 +77,10 @@ def resized(self:T2VTurboPipeline,
            )->Teacher:
     "The parts for clips of this size; one that they cannot take is refused"
     own = self.as_teacher()
-    (_, _, h, w), (_, _, lh, _) = own.video_shape, own.latent_shape
+    (_, t, h, w), (_, _, lh, _) = own.video_shape, own.latent_shape
     size = check_size((height or h, width or w), h // lh)
     if num_frames is not None: check_whole("num_frames", num_frames)
+    if (num_frames or t, size) == (t, (h, w)): return own
     return self.as_teacher(num_frames, size)
 
 # %% ../nbs/32_pipeline.ipynb #28b21536

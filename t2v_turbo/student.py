@@ -39,6 +39,7 @@ class Student(nn.Module):
             raise UserError(f"teacher {teacher.name!r} already carries a student: load it anew")
         self.fingerprint = teacher.fingerprint()
         self.teacher, self.rank = teacher, rank
+        self.whole = []       # tensors besides LoRA and w-projection; only published students have
         self.config = config or LoraConfig(r=rank, lora_alpha=rank,
                                            target_modules=teacher.lora_targets())
         with torch.random.fork_rng(devices=[]):
@@ -104,7 +105,7 @@ def save(self:Student,
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(self.teacher.denoiser)
     state |= {n: p for n, p in self.trainable().items() if "cond_proj" in n}
-    state |= {n: self.teacher.denoiser.get_parameter(n) for n in getattr(self, "whole", [])}
+    state |= {n: self.teacher.denoiser.get_parameter(n) for n in self.whole}
     with atomic(folder / "adapter_model.safetensors") as tmp:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, tmp)
     self.config.save_pretrained(folder)

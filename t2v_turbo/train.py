@@ -102,7 +102,9 @@ class Trainer:
         self.source = (ClipFolder(cfg.data, frames, tuple(size), teacher.fps, cfg.seed) if cfg.data
                        else World("train", cfg.seed, frames, size[0]))
         self.student = Student(teacher, cfg.rank, cfg.seed)
-        tiny = [n for n, b in (("tiny-image", o.beta_img), ("tiny-video", o.beta_vid)) if b]
+        tiny = [n for n, b, given in (("tiny-image", o.beta_img, image_reward),
+                                      ("tiny-video", o.beta_vid, video_reward))
+                if b and given is None]
         named = rewards_from(cfg.reward.split(",") if cfg.reward else tiny)
         image_reward, video_reward = image_reward or named["image"], video_reward or named["video"]
         model = Distillation(self.student, o, image_reward, video_reward).to(acc.device)

@@ -1,4 +1,5 @@
 "What every reward must do, and small random rewards to try it on"
+import math
 import warnings
 import torch
 from torch import nn
@@ -92,6 +93,23 @@ def batch_equals_single(rm):
     alone = torch.cat([rm(x[i:i + 1], [p]) for i, p in enumerate(PROMPTS)])
     rm._apply(lambda p: p)                    # forget the texts, so that they are read as a batch
     torch.testing.assert_close(rm(x, PROMPTS), alone, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def nan_stays_with_its_clip(rm):
+    x = clips(rm)
+    x[0, 0, 0] = math.nan
+    R = rm(x, PROMPTS[:2])
+    assert R[0].isnan() and R[1].isfinite()
+
+
+def a_prompt_is_read_once(rm):
+    "Gives what has been read, so that a test can go on counting"
+    seen, x = texts_read(rm), clips(rm, 3)
+    for prompts in (["a dog", "a dog", "a cat"], ["a cat"]*3, ["a dog"]*3): rm(x, prompts)
+    assert len(seen) == 2
+    assert not rm.text_features(["a dog"]).requires_grad
+    return seen
 
 
 def texts_read(rm):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import UNet3DConditionModel
+from golden_files import FOLDER
 from peft import (LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
                   set_peft_model_state_dict)
 from safetensors import safe_open
@@ -17,8 +18,6 @@ from t2v_turbo.teachers.published import (COND, FPS, FPS_FILE, convert_lora, con
 from t2v_turbo.teachers.videocrafter2 import (convert_videocrafter2, fps_bias, set_fps,
                                               tiny_videocrafter2, unet_from_vc2)
 
-FOLDER = Path(os.environ.get('T2V_TURBO_GOLDEN',
-                             Path(__file__).resolve().parents[2]/'shared/golden'))
 def files(prefix): return sorted(FOLDER.glob(f'{prefix}_*.safetensors')) if FOLDER.is_dir() else []
 def cases(prefix): return pytest.mark.parametrize('path', files(prefix), ids=lambda p: p.name)
 

@@ -32,14 +32,17 @@ _TINY = {name: Facts(name, 1 if kind["kt"] == 1 else 8, 8, 32, "Apache-2.0", "in
 FACTS = {f.name: f for f in (HPS, CLIPSCORE, PICKSCORE, AESTHETIC, IMAGEREWARD, VICLIP_L, VICLIP_B,
                              INTERNVIDEO2, PRISM_B, PRISM_L)} | _TINY
 
-# %% ../../nbs/26_reward_names.ipynb #34e72298
+# %% ../../nbs/26_reward_names.ipynb #455dbb2b
+def _known(name):
+    if name not in REWARDS:
+        raise UserError(f"reward {name!r} is unknown: give one of {', '.join(sorted(REWARDS))}")
+
 def reward_named(name:str,     # of `REWARDS`
                  weights=None, # path of the weights; `None`: the published ones
                  **options,    # of its loader, e.g. `dtype`, `vocabulary`, `chunk`
                 ):             # a reward
     "Load one reward by name"
-    if name not in REWARDS:
-        raise UserError(f"reward {name!r} is unknown: give one of {', '.join(sorted(REWARDS))}")
+    _known(name)
     options |= {} if weights is None else dict(weights=weights)
     known = signature(REWARDS[name]).parameters.keys() - {"facts", "name"}
     if odd := sorted(options.keys() - known):
@@ -52,8 +55,7 @@ def parse_reward(text:str, # `name`, `name=weight`, or either with `@path`
     "What `--reward` was given"
     left, _, path = text.partition("@")
     name, eq, weight = left.partition("=")
-    if name not in REWARDS:
-        raise UserError(f"reward {name!r} is unknown: give one of {', '.join(sorted(REWARDS))}")
+    _known(name)
     try: weight = float(weight) if eq else 1.
     except ValueError: weight = math.nan
     if not math.isfinite(weight):

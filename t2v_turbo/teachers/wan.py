@@ -26,7 +26,7 @@ from transformers import (AutoTokenizer, CLIPTextModel, T5Tokenizer, UMT5Config,
 from ..consistency import few_step_grid, w_embedding
 from ..core import UserError, atomic, expand_to, write_json
 from ..schedule import Schedule
-from .base import Teacher, tokenize
+from .base import Teacher, check_size, load_part, save_parts, tokenize
 
 # %% ../../nbs/14_wan.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -182,10 +182,7 @@ def check_clip(frames:int,  # frames of a clip
     if frames != whole:
         raise UserError(f"{frames} frames are not possible: Wan takes {every}k+1 frames, "
                         f"the nearest is {whole}")
-    near = tuple(max(step, round(v/step)*step) for v in size)
-    if tuple(size) != near:
-        raise UserError(f"size {size[0]}x{size[1]} is not possible: height and width must be "
-                        f"multiples of {step}, the nearest is {near[0]}x{near[1]}")
+    check_size(size, step)
 
 # %% ../../nbs/14_wan.ipynb #2a4da18a
 class WanTeacher(FlowTeacher):
@@ -294,12 +291,7 @@ def save_wan(teacher:FlowTeacher, # its denoiser without adapters
     parts = dict(transformer=net, vae=teacher.vae, text_encoder=teacher.text_encoder,
                  tokenizer=teacher.tokenizer, scheduler=teacher.scheduler)
     with atomic(folder) as tmp:
-        for n, p in parts.items(): p.save_pretrained(tmp/n)
-        if isinstance(teacher, WanTeacher):
-            kinds = {n: [type(p).__module__.split(".")[0], type(p).__name__]
-                     for n, p in parts.items()}
-            write_json(tmp/"model_index.json", dict(
-                _class_name="WanPipeline", _diffusers_version=diffusers.__version__, **kinds))
+        save_parts(parts, tmp, "WanPipeline" if isinstance(teacher, WanTeacher) else None)
         _, frames, *size = teacher.video_shape
         write_json(tmp/"teacher.json", dict(frames=frames, fps=teacher.fps, size=size))
     return Path(folder)
@@ -311,15 +303,6 @@ def _class_of(folder, part, file="config.json"):
         raise UserError(f"{str(folder)!r} has no {part}/{file}: give a folder of Wan 2.1 in "
                         "diffusers' layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     return json.loads(path.read_text())["_class_name"]
-
-def _part(cls, folder, name, dtype=None):
-    "One component; weights from safetensors only"
-    more = {} if dtype is None else dict(dtype=dtype, use_safetensors=True)
-    try: return cls.from_pretrained(Path(folder)/name, local_files_only=True, **more)
-    except Exception as e:
-        first = "".join(str(e).strip().splitlines()[:1])[:200]
-        raise UserError(f"{str(Path(folder)/name)!r} cannot be loaded as a {cls.__name__} "
-                        f"({first}): give a folder with whole safetensors files") from None
 
 def load_wan(folder:Path,      # Wan 2.1 in diffusers' layout, or from `save_wan`
              frames:int=None,  # frames of a clip; the teacher's own by default, as below
@@ -338,11 +321,11 @@ def load_wan(folder:Path,      # Wan 2.1 in diffusers' layout, or from `save_wan
                  size=tuple(size or about.get("size", ())))
     cls = WanTeacher if vae is AutoencoderKLWan else FlowTeacher
     scheduler = getattr(diffusers, _class_of(folder, "scheduler", "scheduler_config.json"))
-    net = guided_wan(_part(WanTransformer3DModel, folder, "transformer", dtype))
-    return cls(str(folder), net, _part(vae, folder, "vae", dtype),
-               _part(text, folder, "text_encoder", dtype),
-               _part(AutoTokenizer, folder, "tokenizer"),
-               _part(scheduler, folder, "scheduler"), **{k: v for k, v in given.items() if v})
+    net = guided_wan(load_part(WanTransformer3DModel, folder, "transformer", dtype))
+    return cls(str(folder), net, load_part(vae, folder, "vae", dtype),
+               load_part(text, folder, "text_encoder", dtype),
+               load_part(AutoTokenizer, folder, "tokenizer"),
+               load_part(scheduler, folder, "scheduler"), **{k: v for k, v in given.items() if v})
 
 # %% ../../nbs/14_wan.ipynb #5d4dd51e
 def wan_lora(denoiser:GuidedWan, # with LoRA of scale 1, as `Student` makes it
