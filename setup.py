@@ -39,7 +39,8 @@ setup(
     package_data={lib: ["published/*.csv", *(f"weights/**/*.{s}" for s in
                                              ("safetensors", "json", "md", "txt"))]},
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={k.removesuffix("_requirements"): v.split() for k, v in cfg.items()
+                    if k.endswith("_requirements")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{lib}={lib}._modidx:d"]},
     zip_safe=False,

@@ -3,6 +3,7 @@ And both with J = R instead of J = log sigmoid(R).
 
     python bench/three_seeds.py runs/seeds            # everything; goes on where it was
     python bench/three_seeds.py runs/seeds --jobs 2   # two trainings at a time, one thread each
+    python bench/three_seeds.py runs/flow --teacher tiny-flow --seeds 2 --variants cd "turbo (both)" --w 4 --w_min 2 --w_max 6
 
 Writes OUT/rows.json (one row per model, steps and seed), OUT/looks.json (rewards and judges over training) and four clips.
 Evaluation is always done alone, on all threads, so that seconds per video can be compared.
@@ -22,13 +23,14 @@ VARIANTS = {  # beta_img, beta_vid, shape of J, learning rate; plain CD diverges
 TRAIN = """
 import json, sys
 from pathlib import Path
-from t2v_turbo.cli import DistillOptions, watch
-from t2v_turbo.train import Config, Objective, Trainer, claim
-out, seed, steps, lr, kw = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), json.loads(sys.argv[5])
-trainer = Trainer(Config(out=out, seed=seed, steps=steps, lr=lr, objective=Objective(**kw)))
+from t2v_turbo.checkpoints import claim
+from t2v_turbo.train import Config, Objective, Trainer
+from t2v_turbo.watch import WatchOptions, watch
+out, settings, objective, w = sys.argv[1], *map(json.loads, sys.argv[2:])
+trainer = Trainer(Config(out=out, objective=Objective(**objective), **settings))
 with claim(out):
     trainer.resume()
-    watch(trainer, DistillOptions(eval_every=50))
+    watch(trainer, WatchOptions(eval_every=50, on_hacking="off", student_w=w))
 (Path(out) / "done").touch()
 """
 
@@ -40,18 +42,20 @@ def run_name(variant, seed):
 
 def train_all(out, a):
     "All trainings, `jobs` at a time, each in a process of its own"
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, os.cpu_count() // a.jobs)), "OMP_WAIT_POLICY": "PASSIVE"}
-    todo = [(v, s) for s in range(a.seeds) for v in VARIANTS if not (out / run_name(v, s) / "done").is_file()]
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // a.jobs)), "OMP_WAIT_POLICY": "PASSIVE"}
+    todo = [(v, s) for s in range(a.seeds) for v in a.variants if not (out / run_name(v, s) / "done").is_file()]
     todo.sort(key=lambda run: VARIANTS[run[0]][2] == "raw")   # the side question last
     live = []
     while todo or live:
         while todo and len(live) < a.jobs:
             v, s = todo.pop(0)
-            kw = dict(beta_img=VARIANTS[v][0] * a.beta_img, beta_vid=VARIANTS[v][1] * a.beta_vid, shape=VARIANTS[v][2])
+            kw = dict(beta_img=VARIANTS[v][0] * a.beta_img, beta_vid=VARIANTS[v][1] * a.beta_vid, shape=VARIANTS[v][2],
+                      w_min=a.w_min, w_max=a.w_max)
             folder = out / run_name(v, s); folder.mkdir(parents=True, exist_ok=True)
             log = (folder / "stderr.txt").open("w")
-            live.append((v, s, subprocess.Popen([sys.executable, "-c", TRAIN, str(folder), str(s), str(a.steps), str(VARIANTS[v][3]),
-                                                 json.dumps(kw)], env=env, stdout=log, stderr=log)))
+            settings = dict(teacher=a.teacher, seed=s, steps=a.steps, lr=VARIANTS[v][3])
+            call = [sys.executable, "-c", TRAIN, str(folder), *map(json.dumps, (settings, kw, a.w))]
+            live.append((v, s, subprocess.Popen(call, env=env, stdout=log, stderr=log)))
         time.sleep(1)
         for v, s, p in [x for x in live if x[2].poll() is not None]:
             live.remove((v, s, p))
@@ -69,7 +73,12 @@ def options(argv=None):
     p.add_argument("--beta_vid", type=float, default=Objective.beta_vid)
     p.add_argument("--w", type=float, default=2., help="guidance scale given to the students")
     p.add_argument("--sweep", default="0,1,2,4", help="guidance scales tried for the 50-step teacher")
-    return p.parse_args(argv)
+    p.add_argument("--teacher", default="tiny", help="tiny or tiny-flow")
+    p.add_argument("--w_min", type=float, default=Objective.w_min); p.add_argument("--w_max", type=float, default=Objective.w_max)
+    p.add_argument("--variants", nargs="*", default=list(VARIANTS), help="students to train; default: all")
+    a = p.parse_args(argv)
+    if odd := [v for v in a.variants if v not in VARIANTS]: p.error(f"{odd[0]!r}: give some of {', '.join(VARIANTS)}")
+    return a
 
 
 class Rows:
@@ -95,8 +104,8 @@ def teacher_rows(a, rows):
     from t2v_turbo.core import make_gen
     from t2v_turbo.evaluate import Sampler
     from t2v_turbo.pipeline import sample_teacher
-    from t2v_turbo.teachers.tiny import load_teacher
-    teacher = load_teacher("tiny")
+    from t2v_turbo.teachers.folders import load_teacher
+    teacher = load_teacher(a.teacher)
     T = lambda steps, w: Sampler("teacher", steps, 2 * steps, lambda q, seed: sample_teacher(
         teacher, q, make_gen(seed), steps, w))
     for w in map(float, a.sweep.split(",")): rows.add(T(50, w), 0, w)
@@ -114,7 +123,7 @@ def student_rows(a, rows):
     from t2v_turbo.pipeline import sample_student
     from t2v_turbo.student import load_student
     for seed in range(a.seeds):
-        for v in VARIANTS:
+        for v in a.variants:
             student = load_student(a.out / run_name(v, seed) / "student")
             rows.add(Sampler(v, 4, 4, lambda q, s: sample_student(student, q, make_gen(s), 4, a.w)), seed, a.w)
 
@@ -139,7 +148,7 @@ def main():
     rows = Rows(a); best = teacher_rows(a, rows); student_rows(a, rows)
     rows.rows.sort(key=lambda r: -1 if r["model"] == "teacher" else list(VARIANTS).index(r["model"]))
     write_json(rows.path, rows.rows)
-    looks = [dict(json.loads(l), model=v, seed=s) for v in VARIANTS for s in range(a.seeds)
+    looks = [dict(json.loads(l), model=v, seed=s) for v in a.variants for s in range(a.seeds)
              for l in (a.out / run_name(v, s) / "looks.jsonl").read_text().splitlines()]
     write_json(a.out / "looks.json", looks)
     write_clips(a)

@@ -7,12 +7,13 @@ __all__ = ['Objective', 'Draw', 'draw', 'StepOut', 'Distillation']
 
 # %% ../nbs/31_distill.ipynb #2973f45f
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+from .caches import Pair
 from .consistency import cd_loss
 from .core import UserError
 from .rewards.base import (SHAPES_OF_J, objective, per_frame, random_frames,
@@ -32,7 +33,7 @@ class Objective:
     beta_vid:float = 1.        # weight of the video reward, >= 0
     shape:str = "log_sigmoid"  # how a score becomes an objective: log_sigmoid or raw
     image_frames:int = 2       # M, frames the image reward sees
-    video_frames:int = 4       # frames the video reward sees; divides the clip
+    video_frames:int = 4       # frames the video reward sees, 1..frames of the clip
 
     def __post_init__(self):
         for n in ("beta_img", "beta_vid"):
@@ -42,6 +43,10 @@ class Objective:
             raise UserError(f"w range [{self.w_min}, {self.w_max}] is empty or negative")
         if self.shape not in SHAPES_OF_J:
             raise UserError(f"reward shape {self.shape!r}: give one of {', '.join(SHAPES_OF_J)}")
+
+    def as_published(self)->"Objective":
+        "Raw rewards, weighted as in the published 8-process run: 1 : beta_img : beta_vid/3"
+        return replace(self, shape="raw", beta_vid=self.beta_vid/3)
 
 # %% ../nbs/31_distill.ipynb #b2225548
 @dataclass(frozen=True)
@@ -108,13 +113,13 @@ class Distillation(nn.Module):
                 prompts:list,  # captions, `list[str]`
                 d:Draw,        # the step's random numbers
                 target_weights=nullcontext, # context in which the student is the target
+                pair:Pair=None, # the teacher's answers from a cache, instead of `z0` and `null`
                )->StepOut:
         "L = L_CD - beta_img J_img - beta_vid J_vid (eq. 10), per sample"
         t, t_prev = self.ddim.t(d.index), self.ddim.t_prev(d.index)
-        zt = self.student.teacher.schedule.add_noise(z0, d.noise, t)
         with torch.no_grad():
-            with self.student.as_teacher() as teacher:             # eq. 7
-                z_prev = guided_step(self.ddim, teacher.denoise, zt, d.index, d.w, ctx, null)
+            if pair is not None: zt, z_prev = pair.zt, pair.step(self.ddim, d.w)
+            else: zt, z_prev = self.ask_teacher(z0, ctx, null, d)
             with target_weights(): target = self.student(z_prev, t_prev, ctx, d.w)
         x0 = self.student(zt, t, ctx, d.w)
         cd = cd_loss(x0, target, self.cfg.huber_c)                 # eq. 6
@@ -123,6 +128,18 @@ class Distillation(nn.Module):
         return StepOut(loss, *(v.detach() for v in (cd, j_img, j_vid, r_img, r_vid, x0)))
 
 # %% ../nbs/31_distill.ipynb #964cfd98
+@patch
+def ask_teacher(self:Distillation,
+                z0:Tensor,     # clean latents `(b c t h w)`
+                ctx:Tensor,    # context of the captions `(b n d)`
+                null:Tensor,   # context of the null prompt `(b n d)`
+                d:Draw,        # the step's random numbers
+               )->tuple:       # zt and z_prev, each `(b c t h w)`
+    "Noise the latents, and let the teacher take one guided solver step (eq. 7)"
+    zt = self.student.teacher.schedule.add_noise(z0, d.noise, self.ddim.t(d.index))
+    with self.student.as_teacher() as teacher:
+        return zt, guided_step(self.ddim, teacher.denoise, zt, d.index, d.w, ctx, null)
+
 @patch
 def rewards(self:Distillation,
             x0:Tensor,     # one-step prediction `(b c t h w)`

@@ -14,7 +14,8 @@ from diffusers import LCMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from .consistency import w_embedding
 from .core import UserError, atomic, write_json
 from .pipeline import T2VTurboPipeline
-from .teachers.published import COND, new_folder, rebuild
+from .teachers.base import new_folder
+from .teachers.published import COND, rebuild
 
 # %% ../nbs/34_export.ipynb #0b455a59
 @torch.no_grad()

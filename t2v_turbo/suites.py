@@ -21,11 +21,11 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from .checkpoints import claim
 from .core import UserError, atomic, make_gen, pick_device, write_json, write_video
 from .data import probe
 from .pipeline import T2VTurboPipeline, sample_teacher
 from .teachers.base import Teacher
-from .train import claim
 
 # %% ../nbs/43_prompts.ipynb #bae9a462
 VIDEOS, FLICKER_VIDEOS = 5, 25    # per prompt, as VBench's prompts/README.md asks for

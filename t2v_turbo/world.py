@@ -192,12 +192,14 @@ class World:
     size: int = 32 # pixels of a side
     clean: bool = False # no flaws and no wrong captions
     wrong: float = .08 # share of wrong captions where not clean
+    kind = "clips" # what `batch` gives: clips with captions
 
     def __post_init__(self): combos(self.split)
 
     def batch(self,
               step:int, # which batch
               size:int, # clips in it: b
+              rows:slice=slice(None), # which of them to give
              )->tuple[Tensor, list[str]]: # clips (b 3 t h w) in [0,1], b captions
         "The clips and captions of one step"
         gen = step_gen(self.seed, step)
@@ -206,7 +208,11 @@ class World:
         if not self.clean:
             clips, _ = web(clips, gen)
             attrs = self._mix_up(attrs, gen)
-        return clips, [caption(*a) for a in attrs.tolist()]
+        return clips[rows], [caption(*a) for a in attrs[rows].tolist()]
+
+    def fingerprint(self)->str: # tells one set of data from another
+        "What the batches depend on"
+        return repr(self)
 
     def _mix_up(self, attrs, gen):
         "Exchange a share of the triples for others"

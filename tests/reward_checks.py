@@ -1,10 +1,11 @@
 "What every reward must do, and small random rewards to try it on"
 import math
 import warnings
+from functools import partial
 import torch
 from torch import nn
 from t2v_turbo.core import make_gen
-from t2v_turbo.rewards import clip, internvideo2 as iv2, videoprism as prism, viclip
+from t2v_turbo.rewards import clip, internvideo2 as iv2, tiny, videoprism as prism, viclip
 from t2v_turbo.teachers.videocrafter2 import clip_tokenizer
 
 MERGES = [("p", "a"), ("pa", "n"), ("d", "a</w>"), ("pan", "da</w>"), ("a", "n"), ("r", "e")]
@@ -61,7 +62,8 @@ def videoprism(save_memory=False):
 IMAGE = dict(hpsv2=clip_reward("letterbox"), clipscore=clip_reward("squash"),
              crop=clip_reward("crop"), aesthetic=aesthetic, imagereward=imagereward)
 VIDEO = dict(viclip=viclip_reward, internvideo2=internvideo2, videoprism=videoprism)
-ALL = IMAGE | VIDEO
+TINY = {name: partial(tiny.load_reward, name) for name in tiny.REWARD_KINDS}     # the shipped weights
+ALL = IMAGE | VIDEO | TINY
 
 
 def build(name, dtype=torch.float32): return ALL[name]().frozen(dtype)

@@ -1,17 +1,23 @@
 "Bad input: one clear sentence, exit status 2, and nothing written over"
+import json
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from t2v_turbo.cli import main
 from t2v_turbo.core import write_video
 from t2v_turbo.student import load_student
+from t2v_turbo.teachers import folders
+from t2v_turbo.teachers.folders import tiny_modelscope
+from t2v_turbo.teachers.published import layer_shapes, load_unet, with_w_projection
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
 from t2v_turbo.teachers.videocrafter2 import tiny_videocrafter2
-from t2v_turbo.train import claim
+from t2v_turbo.checkpoints import claim
 
 
 def refused(capsys, *argv):
@@ -106,21 +112,84 @@ def test_convert(tmp_path, capsys):
             if k.startswith("model.diffusion_model.")}
     unet["time_cond_proj.weight"] = torch.zeros(unet["time_embed.0.weight"].shape[1], 256)
     torch.save(unet, tmp_path / "t2v_turbo_vc2.pt")
-    paths = [f"{tmp_path}/{n}" for n in ("t2v_turbo_vc2.pt", "vc2", "student")]
-    assert main(["convert", "merged", *paths, "--fps", "8"]) == 0
+    paths = [f"{tmp_path}/{n}" for n in ("t2v_turbo_vc2.pt", "student")]
+    base = ["--base_folder", f"{tmp_path}/vc2"]
+    assert main(["convert", "merged", *paths, *base, "--fps", "8"]) == 0
     a, b = (load_file(tmp_path / n / "unet" / "diffusion_pytorch_model.safetensors")
             for n in ("vc2", "student"))
     assert b.keys() - a.keys() == {"time_embedding.cond_proj.weight"}
     assert all(torch.equal(a[k], b[k]) for k in a)
     capsys.readouterr()
-    assert "is there already" in refused(capsys, "convert", "merged", *paths)
+    assert "is there already" in refused(capsys, "convert", "merged", *paths, *base)
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_convert_is_stopped(tmp_path, capsys, monkeypatch, name, status):
+    "A signal in the middle of writing: nothing is left, and the words are not those of training"
+    torch.save(dict(state_dict=tiny_videocrafter2()), tmp_path / "model.ckpt")
+    (tmp_path / "merges.txt").write_text("#version: toy\np a\npa n\nd a</w>\npan da</w>\na n\nr e\n")
+    before, handlers = sorted(tmp_path.iterdir()), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    def stop(self, folder, **_):
+        assert list(folder.parent.rglob("*.safetensors"))              # the UNet is written
+        signal.raise_signal(getattr(signal, name))
+    monkeypatch.setattr(AutoencoderKL, "save_pretrained", stop)
+    words = ["convert", "videocrafter2", f"{tmp_path}/model.ckpt", f"{tmp_path}/vc2", "--vocabulary", f"{tmp_path}/merges.txt"]
+    assert main(words) == status
+    assert f"stopped by {name}; no folder was written: run the command again" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def random_list(folder, base):
+    unet, out = with_w_projection(load_unet(folder)), []
+    for o, i, *k in layer_shapes(unet, base).values():
+        r = min(4, o, i)
+        out += [torch.zeros(o, r, *[1] * len(k)), torch.zeros(r, i, *k)]
+    return out
+
+
+def test_convert_lora(tmp_path, capsys, monkeypatch):
+    "A list for ModelScopeT2V: its base comes from the hub, or from a copy that is named; the student remembers which"
+    ms, fetched = tiny_modelscope(tmp_path / "ms"), []
+    monkeypatch.setattr(folders, "snapshot_download", lambda name, **_: fetched.append(name) or str(ms))
+    torch.save(random_list(ms, "ms"), tmp_path / "unet_lora.pt")
+    words, hub = ["convert", "lora", f"{tmp_path}/unet_lora.pt", "--base", "ms"], "ali-vilab/text-to-video-ms-1.7b"
+    assert main([*words, f"{tmp_path}/a"]) == 0 and fetched == [hub]
+    assert main([*words, f"{tmp_path}/b", "--base_folder", str(ms)]) == 0 and fetched == [hub]
+    assert main([*words, f"{tmp_path}/c", "--form", "merged", "--base_folder", "some/copy"]) == 0 and fetched == [hub, "some/copy"]
+    a, b = (json.loads((tmp_path / n / "student.json").read_text()) for n in "ab")
+    assert (a["teacher"], b["teacher"]) == (hub, str(ms)) and a["fingerprints"] == b["fingerprints"]
+    assert load_student(tmp_path / "b").teacher.latent_shape == (4, 16, 4, 4)
+    assert (tmp_path / "c/unet/config.json").is_file() and (tmp_path / "c/vae/config.json").is_file()
+    capsys.readouterr()
+    lost = refused(capsys, "convert", "lora", tmp_path / "none.pt", "--base", "ms", tmp_path / "d")
+    assert "no file" in lost and "unet_lora.pt" in lost
+    assert "is there already" in refused(capsys, *words, tmp_path / "a")
+    assert len(fetched) == 2                               # a mistake is told before anything is fetched
+    assert "is a list for base 'ms'" in refused(capsys, *words[:3], "--base_folder", ms, tmp_path / "d")
+    def offline(name, **_): raise OSError("offline")
+    monkeypatch.setattr(folders, "snapshot_download", offline)
+    assert f"no folder '{hub}'" in refused(capsys, *words, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
 
 
 def test_convert_refuses(tmp_path, capsys):
     out = tmp_path / "out"
-    assert "no UNet in" in refused(capsys, "convert", "lora", "nowhere.pt", WEIGHTS / "tiny", out)
-    assert "give adapters or merged" in refused(capsys, "convert", "lora", "a", "b", out, "--form", "x")
+    torch.save([torch.zeros(1)], tmp_path / "l.pt")
+    lora = ("convert", "lora", tmp_path / "l.pt", out)
+    assert "no UNet in" in refused(capsys, *lora, "--base_folder", WEIGHTS / "tiny")
+    assert "give adapters or merged" in refused(capsys, *lora, "--form", "x")
+    assert "give vc2 or ms" in refused(capsys, *lora, "--base", "sd")
+    for call in (lora, ("convert", "merged", tmp_path / "l.pt", out)):
+        assert "no --base_folder: give the folder that `t2v-turbo convert videocrafter2` made" in refused(capsys, *call)
+    assert "fps 0 is not possible" in refused(capsys, *lora, "--base_folder", tmp_path, "--fps", "0")
     assert not out.exists()
+
+
+def test_a_folder_that_is_no_teacher(capsys, tmp_path):
+    (tmp_path / "model").mkdir()
+    assert "is not a diffusers model" in refused(capsys, "distill", "--teacher", tmp_path / "model", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
 
 
 def test_console_command():

@@ -1,5 +1,6 @@
 "The image rewards: gradients, batches, layouts; recorded numbers: test_golden.py"
-import os
+import json
+import zipfile
 
 import pytest
 import reward_checks as rc
@@ -13,19 +14,20 @@ from t2v_turbo.rewards import clip, names, viclip
 from t2v_turbo.rewards.base import per_frame
 
 each = pytest.mark.parametrize("name", rc.IMAGE)
+each_and_tiny = pytest.mark.parametrize("name", [*rc.IMAGE, "tiny-image"])
 
 
 # --- every image reward --------------------------------------------------------------------------
 
-@each
+@each_and_tiny
 def test_gradient(name): rc.finite_difference(rc.build(name, torch.float64))
 
 
-@each
+@each_and_tiny
 def test_batch(name): rc.batch_equals_single(rc.build(name))
 
 
-@each
+@each_and_tiny
 @torch.no_grad()
 def test_frames_are_averaged_in_any_order(name):
     rm = rc.build(name)
@@ -36,15 +38,15 @@ def test_frames_are_averaged_in_any_order(name):
     assert alone.std(1).min() > 1e-5, "the frames differ"
 
 
-@each
+@each_and_tiny
 @torch.no_grad()
 def test_bf16(name):
-    "Cosines within 0.02 of float32, the two learned scales within 0.1"
+    "Cosines within 0.02 of float32, the two learned scales within 0.1, logits of the tiny world within 0.3"
     rm = rc.build(name)
     x = rc.clips(rm, 3)
     want, got = rm(x, rc.PROMPTS), rc.build(name, torch.bfloat16)(x, rc.PROMPTS)
     assert got.dtype == torch.float32
-    tol = .1 if name in ("imagereward", "aesthetic") else .02
+    tol = {"imagereward": .1, "aesthetic": .1, "tiny-image": .3}.get(name, .02)
     torch.testing.assert_close(got, want, rtol=0, atol=tol)
 
 
@@ -59,11 +61,11 @@ def test_chunks_change_only_the_memory(name):
     assert part < (.95 if name == "imagereward" else .7)*whole, (part, whole)   # its text is not cut
 
 
-@each
+@each_and_tiny
 def test_nan_stays_with_its_clip(name): rc.nan_stays_with_its_clip(rc.build(name))
 
 
-@each
+@each_and_tiny
 def test_nothing_trains_but_the_pixels(name):
     rm = rc.build(name)
     x = rc.clips(rm).requires_grad_()
@@ -151,7 +153,22 @@ def test_pixels_are_prepared_in_float32():
     (torch.rand(3, 3, 1, 8, 8), "3 clips and 2 prompts"), (torch.rand(2, 4, 1, 8, 8), "of shape"),
     (torch.rand(2, 3, 8, 8), "of shape")])
 def test_bad_frames(bad, says):
-    with pytest.raises(UserError, match=says): rc.build("hpsv2")(bad, ["a", "b"])
+    for name in rc.ALL:
+        rm = rc.build(name)
+        x = bad.expand(-1, -1, rm.facts.frames or 1, -1, -1) if bad.ndim == 5 else bad
+        with pytest.raises(UserError, match=f"^{rm.facts.name} was given .*{says}"): rm(x, ["a", "b"])
+
+
+@torch.no_grad()
+def test_tiny_rewards_bring_every_size_to_their_own():
+    "32 x 32 stays to the bit; twice that, with every pixel doubled, scores about the same"
+    for name in rc.TINY:
+        rm, x = rc.build(name), rc.clips(rc.build(name), size=(32, 32), t=4)
+        assert rm.prepare(x) is x
+        large = x.repeat_interleave(2, 3).repeat_interleave(2, 4)
+        assert rm.prepare(large).shape == x.shape
+        torch.testing.assert_close(rm.prepare(large), x, rtol=0, atol=.02)
+        assert rm.prepare(torch.rand(2, 3, 5, 90, 160)).shape == (2, 3, 5, 32, 32)
 
 
 # --- layouts -------------------------------------------------------------------------------------
@@ -323,6 +340,77 @@ def test_channels_that_are_no_heads(state):
         clip.open_clip_model(state, "hpsv2.1")
 
 
+# --- CLIP's vocabulary ---------------------------------------------------------------------------
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+    "A machine on which no vocabulary can be found"
+    monkeypatch.delenv("T2V_TURBO_CLIP_VOCABULARY", raising=False)
+    monkeypatch.setattr(clip.constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
+    monkeypatch.setattr(clip, "distributions", lambda: [])
+    return tmp_path
+
+
+def in_the_cache(tmp_path, name, merges, file="merges.txt"):
+    path = tmp_path/"hub"/f"models--{name}"/"snapshots"/"abc"/file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges), encoding="utf-8")
+
+
+def test_no_vocabulary_is_told(nowhere):
+    with pytest.raises(UserError, match="not found: give with --vocabulary, .*pip download"): clip.clip_merges()
+    in_the_cache(nowhere, "openai-community--gpt2", [("Ġ", "t"), ("Ġ", "a")] + [("h", "e")]*60000)
+    with pytest.raises(UserError, match="not found"): clip.clip_merges()
+
+
+def test_vocabulary_that_was_named(nowhere, merges, monkeypatch):
+    "The argument before the environment; neither must be CLIP's own"
+    monkeypatch.setenv("T2V_TURBO_CLIP_VOCABULARY", str(merges))
+    assert clip.clip_merges() == clip.clip_merges("") == rc.MERGES
+    (nowhere/"tokenizer.json").write_text(json.dumps(dict(model=dict(merges=["x y"]))))
+    assert clip.clip_merges(nowhere/"tokenizer.json") == clip.clip_merges(nowhere/"tokenizer.json") == [("x", "y")]
+    monkeypatch.setenv("T2V_TURBO_CLIP_VOCABULARY", str(nowhere/"lost"))
+    with pytest.raises(UserError, match="no vocabulary at .*lost"): clip.clip_merges()
+
+
+def test_vocabulary_of_an_installed_package(clip_vocabulary, nowhere, monkeypatch):
+    "open_clip_torch unpacked as pip would leave it; it cannot be imported here, and is not"
+    monkeypatch.undo()
+    monkeypatch.delenv("T2V_TURBO_CLIP_VOCABULARY", raising=False)
+    with zipfile.ZipFile(clip_vocabulary) as z: z.extractall(nowhere/"site")
+    (nowhere/"site/open_clip/__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(nowhere/"site")
+    found = clip.clip_merges()
+    assert clip.is_clip(found) and found[0] == ("i", "n") and found[48893] == ("jeky", "ll</w>")
+    changed = list(found)
+    changed[100], changed[101] = found[101], found[100]
+    assert not clip.is_clip(changed)
+
+
+def test_vocabulary_in_the_hub_cache(clip_vocabulary, nowhere):
+    "GPT-2's merges lie there too, and come first; a folder of a diffusion model has a `tokenizer` inside"
+    right = clip.read_merges(clip_vocabulary)[:clip.CLIP_MERGES]
+    in_the_cache(nowhere, "a--gpt2", [("Ġ", "t")]*3)
+    in_the_cache(nowhere, "a--broken", [], "tokenizer.json")
+    in_the_cache(nowhere, "stabilityai--sd", right, "tokenizer/merges.txt")
+    assert clip.clip_merges() == right
+    ids = clip.clip_tokenizer(clip.clip_merges())("a photo of a cat", padding="max_length")["input_ids"]
+    assert ids[:8] == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
+
+
+def test_one_vocabulary_for_the_loaders_that_read_one(tmp_path, merges, nowhere):
+    "Without it HPSv2.1 cannot read; the tiny rewards are not handed any"
+    net = small_hps()
+    torch.save(clip.published(net, clip.open_clip_table(net.config)), tmp_path/"hps.pt")
+    texts = [f"hpsv2.1@{tmp_path/'hps.pt'}", "tiny-video"]
+    got = names.rewards_from(texts, vocabulary=str(merges))
+    rm, = (r for r, _ in got["image"].parts)
+    assert rm.tokenizer.tokenize("panda") == ["panda</w>"] and got["video"] is not None
+    with pytest.raises(UserError, match="vocabulary was not found"): names.rewards_from(texts)
+    with pytest.raises(UserError, match="given but tiny-video read none"):
+        names.rewards_from(["tiny-video"], vocabulary=str(merges))
+
+
 # --- heads ---------------------------------------------------------------------------------------
 
 def test_aesthetic_is_the_row_of_layers():
@@ -401,7 +489,10 @@ def test_imagereward_is_standardised_and_ignores_padding():
 
 def test_names():
     assert names.REWARDS.keys() == names.FACTS.keys() and len(names.REWARDS) == 12
-    for f in names.FACTS.values(): assert f.licence and f.weights and f.size and f.frames
+    for name, f in names.FACTS.items():
+        assert f.name == name and f.licence and f.weights and f.size
+        assert (f.frames == 0) == (name == "tiny-video") and (f.tokens == 0) == (name == "aesthetic")
+        assert name in names.facts_table() and f.weights in names.facts_table()
     assert names.parse_reward("viclip-l14=2@a@b") == ("viclip-l14", 2., "a@b")
 
 
@@ -420,18 +511,3 @@ def test_rewards_from_texts(tmp_path):
     x, one = rc.clips(rc.build("hpsv2")), rc.build("clipscore")
     torch.testing.assert_close(got["image"](x, rc.PROMPTS[:2]), 2.5*one(x, rc.PROMPTS[:2]))
     assert got["video"] is None
-
-
-# --- the published package, where somebody has it -------------------------------------------------
-
-def test_hpsv2_package(tmp_path):
-    "Needs the package hpsv2 and, in T2V_TURBO_HPS, its weights"
-    weights = os.environ.get("T2V_TURBO_HPS")
-    if not weights: pytest.skip("T2V_TURBO_HPS is not set")
-    hpsv2, Image = pytest.importorskip("hpsv2"), pytest.importorskip("PIL.Image")
-    x = (torch.rand(3, 16, 24, generator=make_gen(0))*255).round()
-    image = Image.fromarray(x.permute(1, 2, 0).byte().numpy()).resize((320, 512))
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(512, 320, 3)
-    want = hpsv2.score(image, "a red panda surfing", hps_version="v2.1")[0]
-    got = clip.hpsv2(weights)((pixels.permute(2, 0, 1)[None, :, None] / 255), ["a red panda surfing"])
-    assert abs(got.item() - float(want)) < 5e-3

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from t2v_turbo.core import UserError, make_gen, write_video
-from t2v_turbo.data import ClipFolder, deal, find_clips, fit, nearest, probe, read_clip
+from t2v_turbo.data import ClipFolder, find_clips, fit, nearest, order, probe, read_clip
 from t2v_turbo.world import World, caption, render
 
 close = torch.testing.assert_close
@@ -158,9 +158,10 @@ def test_batches(folder):
     assert data.batch(0, 5)[0].shape[0] == 5                  # more than there are files
 
 
-def test_deal():
-    assert sorted(deal(i, 7, 0) for i in range(7, 14)) == list(range(7))
-    assert [deal(i, 50, 0) for i in range(50)] != [deal(i, 50, 1) for i in range(50)]
+def test_order():
+    assert [sorted(order(7, 0, e).tolist()) for e in range(3)] == [list(range(7))] * 3
+    orders = {tuple(order(50, seed, e).tolist()) for seed in range(3) for e in range(3)}
+    assert len(orders) == 9
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet3DConditionModel
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.schedule import Schedule
@@ -141,7 +141,7 @@ def test_hub_id(ms, monkeypatch):
     monkeypatch.setattr(folders, 'snapshot_download', fetch)
     t = load_teacher('some/model')
     assert t.name == 'some/model' and t.latent_shape == (4, 16, 4, 4)
-    assert asked[0][1]['allow_patterns'] == ['*.json', '*.txt', '*.safetensors']
+    assert asked[0][1]['allow_patterns'] == ['*.json', '*.txt', '*.model', '*.safetensors']
     with pytest.raises(UserError, match='LocalEntryNotFoundError'): load_teacher('some/other')
 
 
@@ -215,3 +215,35 @@ def test_one_step_of_the_recipe_and_a_saved_student(name, request, tmp_path):
     t, w = torch.tensor([999, 19]), torch.tensor([4., 7.5])
     with torch.no_grad():
         torch.testing.assert_close(again(z0, t, ctx, w), student(z0, t, ctx, w))
+
+
+@pytest.mark.parametrize('part, cls', [('unet', 'UNet3DConditionModel'), ('vae', 'AutoencoderKL'), ('text_encoder', 'CLIPTextModel')])
+def test_a_part_that_is_not_whole_is_refused(ms, tmp_path, part, cls):
+    "The libraries would fill a missing tensor with random numbers; each difference is counted and named"
+    folder = copy(ms, tmp_path/'ms')
+    file = next((folder/part).glob('*.safetensors'))
+    state = load_file(file)
+    gone, odd = sorted(state)[2:4]
+    shape = tuple(state.pop(gone).shape), tuple(state[odd].shape)
+    save_file(state | {odd: torch.zeros(*shape[1], 1), 'extra.bias': torch.zeros(1)}, file, metadata={'format': 'pt'})
+    with pytest.raises(UserError) as e: load_teacher(folder)
+    assert (f"of a {cls}: 1 missing ({gone}), 1 unknown (extra.bias), 1 of another shape ({odd} is {(*shape[1], 1)}, not "
+            f"{shape[1]})") in str(e.value)
+
+
+def test_folders_of_older_versions_are_whole(ms, tmp_path):
+    "ModelScopeT2V as published: older names in the VAE's attention, a buffer and a prefix in the text encoder"
+    folder, names = copy(ms, tmp_path/'ms'), dict(to_q='query', to_k='key', to_v='value', to_out='proj_attn')
+    file = folder/'vae/diffusion_pytorch_model.safetensors'
+    def old(k):
+        for a, b in names.items(): k = k.replace(f'attentions.0.{a}', f'attentions.0.{b}')
+        return k.replace('proj_attn.0', 'proj_attn')
+    state = {old(k): v for k, v in load_file(file).items()}
+    assert any('proj_attn.weight' in k for k in state)
+    save_file(state, file, metadata={'format': 'pt'})
+    file = folder/'text_encoder/model.safetensors'
+    state = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in load_file(file).items()}
+    save_file(state | {'text_model.embeddings.position_ids': torch.arange(77)[None]}, file, metadata={'format': 'pt'})
+    a, b = load_teacher(folder), load_teacher(ms)
+    for n in ('vae', 'text_encoder'):
+        for (k, v), w in zip(getattr(a, n).state_dict().items(), getattr(b, n).state_dict().values()): assert torch.equal(v, w), k

@@ -1,5 +1,5 @@
 "The published weights: names, files, conversion, and what is refused"
-import json, os, re
+import json, os, re, shutil
 from pathlib import Path
 from types import SimpleNamespace
 import pytest
@@ -14,7 +14,7 @@ from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.published import (COND, FPS, FPS_FILE, convert_lora, convert_merged,
     layer_shapes, load_fps, load_unet, lora_config, lora_order, merge_lora, name_lora, read_lora,
-    read_weights, to_peft, update_of, w_weight, with_w_projection)
+    to_peft, update_of, w_weight, with_w_projection)
 from t2v_turbo.teachers.videocrafter2 import (convert_videocrafter2, fps_bias, set_fps,
                                               tiny_videocrafter2, unet_from_vc2)
 
@@ -79,7 +79,7 @@ def test_vc2_through_files(path, tmp_path):
     convert_lora(lora, tmp_path/'base', tmp_path/'small', 'vc2', **more)
     unet = with_w_projection(load_unet(tmp_path/'base'))
     told = json.loads((tmp_path/'small/student.json').read_text())
-    assert told['fingerprint'] == Teacher.fingerprint(SimpleNamespace(denoiser=load_unet(tmp_path/'base')))
+    assert told['fingerprints'] == Teacher.fingerprints(SimpleNamespace(denoiser=load_unet(tmp_path/'base')))
     inject_adapter_in_model(LoraConfig.from_pretrained(tmp_path/'small'), unet)
     told = set_peft_model_state_dict(unet, load_file(tmp_path/'small/adapter_model.safetensors'))
     assert not told.unexpected_keys and not [k for k in told.missing_keys if 'lora' in k]
@@ -164,7 +164,7 @@ def test_refused_files(tmp_path):
     with pytest.raises(UserError, match='more than tensors'): read_lora(tmp_path/'code.pt')
     torch.save([torch.zeros(9)]*9, tmp_path/'cut.pt')
     (tmp_path/'cut.pt').write_bytes((tmp_path/'cut.pt').read_bytes()[:500])
-    with pytest.raises(UserError, match='truncated'): read_weights(tmp_path/'cut.pt')
+    with pytest.raises(UserError, match='is cut off'): read_lora(tmp_path/'cut.pt')
     torch.save([torch.zeros(1), 'word'], tmp_path/'word.pt')
     with pytest.raises(UserError, match='not a list of tensors'): read_lora(tmp_path/'word.pt')
     torch.save([torch.zeros(1)], tmp_path/'old.pt', _use_new_zipfile_serialization=False)
@@ -197,6 +197,15 @@ def test_w_projection(tmp_path, capsys):
     with pytest.raises(UserError, match='not a state dict'): w_weight(update, tmp_path/'list.pt')
 
 
+def test_a_unet_made_in_code_gets_a_w_projection():
+    "Its configuration says of most values that they are the defaults; the width of the embedding is none any more"
+    unet = UNet3DConditionModel(**{k: v for k, v in SMALL.items() if k != 'time_cond_proj_dim'})
+    new = with_w_projection(unet)
+    assert new.config.time_cond_proj_dim == 256 and not new.time_embedding.cond_proj.weight.any()
+    state = new.state_dict()
+    for k, v in unet.state_dict().items(): assert state[k].data_ptr() == v.data_ptr(), k
+
+
 def test_halved_base_keeps_its_dtype(tmp_path):
     unet = small().half()
     named = name_lora(random_list(unet, 'ms'), unet, 'ms')
@@ -205,15 +214,22 @@ def test_halved_base_keeps_its_dtype(tmp_path):
     assert unet.conv_in.weight.dtype == torch.float16 and not torch.equal(before, unet.conv_in.weight)
 
 
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A converted VideoCrafter2 in small, at 16 frames a second, and a list for it; to be read only"
+    at = tmp_path_factory.mktemp('vc2')
+    torch.save(dict(state_dict=tiny_videocrafter2()), at/'model.ckpt')
+    (at/'merges.txt').write_text('#version\np a\npa n\npan d\npand a</w>\na n\nan d</w>\n')
+    base = convert_videocrafter2(at/'model.ckpt', at/'vc2', 16, at/'merges.txt')
+    torch.save(random_list(with_w_projection(load_unet(base)), 'vc2'), at/'unet_lora.pt')
+    return at
+
+
 @pytest.fixture
-def converted(tmp_path):
-    "A converted VideoCrafter2 in small, at 16 frames a second, and a list for it"
-    torch.save(dict(state_dict=tiny_videocrafter2()), tmp_path/'model.ckpt')
-    (tmp_path/'merges.txt').write_text('#version\np a\npa n\npan d\npand a</w>\na n\nan d</w>\n')
-    base = convert_videocrafter2(tmp_path/'model.ckpt', tmp_path/'vc2', 16, tmp_path/'merges.txt')
-    unet = with_w_projection(load_unet(base))
-    torch.save(random_list(unet, 'vc2'), tmp_path/'unet_lora.pt')
-    return base, tmp_path/'unet_lora.pt', unet
+def converted(made, tmp_path):
+    "A copy of it that may be changed, and its UNet"
+    base = shutil.copytree(made/'vc2', tmp_path/'vc2')
+    return base, Path(shutil.copy(made/'unet_lora.pt', tmp_path)), with_w_projection(load_unet(base))
 
 
 def test_list_on_a_converted_folder(converted, tmp_path):
@@ -271,6 +287,87 @@ def test_adapters_with_clamped_ranks_are_the_merged_student(converted, tmp_path)
     tensors, names = read_lora(path), lora_order(with_w_projection(load_unet(base)), 'vc2')
     i = 2*names.index(COND)
     torch.testing.assert_close(whole.get_submodule(COND).weight, tensors[i] @ tensors[i + 1])
+
+
+def test_a_list_for_the_other_base(converted, tmp_path):
+    "The two networks have the same layers, so the folder must say which it is; no list is merged into the other"
+    base, path, unet = converted
+    torch.save(random_list(unet, 'ms'), tmp_path/'ms.pt')
+    unet.save_pretrained(tmp_path/'ms/unet')
+    def refused(words, path, folder, base):
+        with pytest.raises(UserError, match=words): convert_lora(path, folder, tmp_path/'o', base)
+        assert not (tmp_path/'o').exists()
+    refused("is a list for base 'ms'", tmp_path/'ms.pt', base, 'vc2')
+    refused("is a list for base 'vc2'", path, base, 'ms')
+    refused("is VideoCrafter2, not the base 'ms'", tmp_path/'ms.pt', base, 'ms')
+    refused(f'has no {FPS_FILE}', path, tmp_path/'ms', 'vc2')
+    refused("base 'sd' is unknown", path, base, 'sd')
+    convert_lora(tmp_path/'ms.pt', tmp_path/'ms', tmp_path/'o', 'ms', base_model='some/hub-id')
+    told = json.loads((tmp_path/'o/student.json').read_text())
+    assert told['teacher'] == told['about']['base_model'] == 'some/hub-id' and told['options'] == {}
+
+
+@pytest.mark.parametrize('fps, near', [(0, 1), (7.6, 8), (-3, 1)])
+def test_frame_rates_that_cannot_be(made, tmp_path, fps, near):
+    for go in (convert_lora, convert_merged):          # said before the source is even looked for
+        with pytest.raises(UserError, match=f'fps {fps} is not possible.*nearest is {near}'):
+            go(tmp_path/'none.pt', made/'vc2', tmp_path/'o', fps=fps)
+
+
+def test_a_base_that_is_not_whole(tmp_path):
+    "Diffusers would fill what is missing with random numbers"
+    unet = small()
+    torch.save(random_list(unet, 'ms'), tmp_path/'l.pt')
+    for edit, words in ((lambda s: s.pop('conv_out.bias'), r'1 missing \(conv_out.bias\)'),
+                        (lambda s: s.update(extra=torch.zeros(1)), r'1 unknown \(extra\)'),
+                        (lambda s: s.update({'conv_in.bias': torch.zeros(5)}),
+                         r'1 of another shape \(conv_in.bias is \(5,\), not \(32,\)\)')):
+        unet.save_pretrained(tmp_path/'base/unet')
+        file = tmp_path/'base/unet/diffusion_pytorch_model.safetensors'
+        state = load_file(file); edit(state); save_file(state, file)
+        with pytest.raises(UserError, match=words): convert_lora(tmp_path/'l.pt', tmp_path/'base', tmp_path/'o', 'ms')
+    assert not (tmp_path/'o').exists()
+
+
+def turbo(seed=3):
+    "A merged student in VideoCrafter2's names; its w-projection is a plain layer, as in v2's checkpoints"
+    pre = 'model.diffusion_model.'
+    state = {k.removeprefix(pre): v for k, v in tiny_videocrafter2(seed).items() if k.startswith(pre)}
+    return state | {'time_cond_proj.weight': torch.randn(32, 256, generator=make_gen(seed))}
+
+
+@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: dict(state_dict=s, epoch=3), lambda s: dict(module=s),
+                                  lambda s: {f'model.diffusion_model.{k}': v for k, v in s.items()}])
+def test_merged_checkpoints_in_any_wrapping(made, tmp_path, capsys, wrap):
+    "The two motion layers of v2 are named and left out; every other tensor arrives"
+    state, motion = turbo(), {'motion_cond_proj.weight': torch.zeros(32, 256), 'combine_proj.weight': torch.zeros(256, 512)}
+    torch.save(wrap(state | motion), tmp_path/'m.pt')
+    convert_merged(tmp_path/'m.pt', made/'vc2', tmp_path/'o', 8)
+    assert 'left out: motion_cond_proj.weight, combine_proj.weight' in capsys.readouterr().out
+    got = load_unet(tmp_path/'o').state_dict()
+    assert torch.equal(got[f'{COND}.weight'], state['time_cond_proj.weight'])
+    want = unet_from_vc2(state, 8)[1]
+    assert set(got) == set(want) and all(torch.equal(got[k], v) for k, v in want.items())
+
+
+def without(*names): return lambda s: {k: v for k, v in s.items() if not k.startswith(names)}
+def having(**more): return lambda s: s | {k.replace('__', '.'): v for k, v in more.items()}
+
+@pytest.mark.parametrize('edit, words', [
+    (without('out.2.bias', 'out.0.weight'), r"m.pt' does not have .* 2 missing \(out.0.weight, out.2.bias\)"),
+    (having(lora_up=torch.zeros(1), extra__weight=torch.zeros(2)), r'2 unknown \(extra.weight, lora_up\)'),
+    (having(out__2__bias=torch.zeros(7)), r'1 of another shape \(out.2.bias is \(7,\), not \(4,\)\)'),
+    (having(time_cond_proj__weight=torch.zeros(31, 256)), r'time_cond_proj.weight is \(31, 256\), not \(32, 256\)'),
+    (having(time_cond_proj__weight=torch.zeros(32, 100)), r'time_cond_proj.weight is \(32, 100\) .* 256 columns'),
+    (without('time_cond_proj'), 'has no time_cond_proj: it is no merged student'),
+    (without('fps_embedding'), 'has no fps_embedding.0: it is no merged student'),
+    (without('fps_embedding.2'), r'2 missing \(fps_embedding.2.bias, fps_embedding.2.weight\)'),
+    (lambda s: list(s.values()), 'is a list, not a state dict'), (having(code=os.getcwd), r'more than tensors \(posix.getcwd\)')])
+def test_merged_checkpoints_that_do_not_fit(made, tmp_path, edit, words):
+    torch.save(edit(turbo()), tmp_path/'m.pt')
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(UserError, match=words): convert_merged(tmp_path/'m.pt', made/'vc2', tmp_path/'o')
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 def test_merged_checkpoint_keeps_its_frame_rate_choosable(converted, tmp_path):

@@ -99,8 +99,9 @@ def test_checkpoint_to_pipeline(checkpoint, vocabulary, tmp_path, capsys):
     state = vc2.tiny_videocrafter2(seed=1)
     out = vc2.convert_videocrafter2(checkpoint(state, global_step=7), tmp_path/"new/out",
                                     vocabulary=vocabulary)
-    printed = capsys.readouterr().out
-    for k in ("betas", "scale_arr"): assert k in printed
+    printed, bar = capsys.readouterr()
+    for k in ("13 schedule buffers", "betas", "posterior_mean_coef2", "scale_arr"): assert k in printed
+    assert "convert: 100%" in bar and "M/12.8M" in bar and "text_encoder" in bar     # bytes, part by part
     assert not list(out.parent.glob(".tmp*")) and not list(out.rglob("*.bin"))
     parts = split(state)
     for p, cls, convert in (("unet", UNet3DConditionModel, vc2.unet_from_vc2),
@@ -252,6 +253,13 @@ def test_existing_out_missing_file_bad_fps(checkpoint, vocabulary, tmp_path):
     vocabulary.write_text("#version\np a\n")
     with pytest.raises(UserError, match="has 1 merges"): go(path, tmp_path/"out", 16, vocabulary)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merges.txt", "model.ckpt", "there"]
+
+
+def test_a_long_list_of_names_is_cut_but_counted(checkpoint, vocabulary, tmp_path):
+    state = vc2.tiny_videocrafter2() | {f"extra.{i:02d}": torch.zeros(1) for i in range(12)}
+    said = refused(state, checkpoint, vocabulary, tmp_path)
+    assert "model.ckpt' does not have" in said
+    assert "12 unknown (extra.00, extra.01, " in said and "extra.07, ...)" in said and "extra.08" not in said
 
 
 @pytest.mark.parametrize("when", ["vae", "text_encoder", "tokenizer"])

@@ -6,7 +6,9 @@ import pytest
 import torch
 from diffusers import (AutoencoderKL, AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler,
                        UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel)
-from safetensors.torch import load_file
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -14,7 +16,7 @@ from t2v_turbo.consistency import consistency_fn, few_step_grid, few_step_sample
 from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.gaussian import Gaussian
-from t2v_turbo.pipeline import sample_student, sample_teacher
+from t2v_turbo.pipeline import T2VTurboPipeline, sample_student, sample_teacher
 from t2v_turbo.schedule import Schedule
 from t2v_turbo.solver import DDIM, ddim_sample, ddim_step
 from t2v_turbo.student import Student, load_student
@@ -36,9 +38,9 @@ def velocity(g, z, t):
     return ((s - (1 - s) * g.std**2) / var * (z.double() - (1 - s) * g.mean) - g.mean).float()
 
 
-def random_student(seed=0, **more):
+def random_student(seed=0, config=None, **more):
     "A student of `tiny_wan` in which nothing is zero"
-    student, gen = Student(tiny_wan(**more), 4), make_gen(seed)
+    student, gen = Student(tiny_wan(**more), 4, config=config), make_gen(seed)
     with torch.no_grad():
         for p in student.trainable().values(): p.copy_(.1 * torch.randn(p.shape, generator=gen))
     return student
@@ -298,7 +300,10 @@ def test_folder_round_trip(tmp_path):
     assert load_wan(tmp_path / "wan", frames=5, size=(16, 32), fps=8).video_shape == (3, 5, 16, 32)
     assert json.loads((tmp_path / "wan/transformer/config.json").read_text())["_class_name"] == "WanTransformer3DModel"
     assert type(WanPipeline.from_pretrained(tmp_path / "wan").transformer) is WanTransformer3DModel
-    with pytest.raises(UserError, match="nearest is 9"): load_wan(tmp_path / "wan", frames=8)
+    for more, words in ((dict(frames=8), "nearest is 9"), (dict(frames=0), "nearest is 1"), (dict(frames=4.6), "nearest is 5"),
+                        (dict(fps=0), "fps 0 is not possible.*nearest is 1"), (dict(fps=7.5), "nearest is 8"),
+                        (dict(size=(30, 48)), "nearest is 32x48"), (dict(size=()), "height and width")):
+        with pytest.raises(UserError, match=words): load_wan(tmp_path / "wan", **more)
     half = load_wan(tmp_path / "wan", dtype=torch.bfloat16)
     x0, _ = half.denoise(torch.zeros(1, *half.latent_shape), full(1, 500), half.encode_text(["a"]), w_embedding(torch.ones(1)))
     assert half.denoiser.dtype == torch.bfloat16 and x0.dtype == torch.float32
@@ -328,13 +333,40 @@ def test_flow_teacher_of_the_tiny_world(tmp_path):
     assert sample_student(student, ["a red circle moving left"], make_gen(0), 4).shape == (1, 3, 8, 32, 32)
 
 
+def test_sizes_that_the_places_of_the_tiny_flow_cannot_take(tmp_path):
+    save_wan(tiny_flow(), tmp_path / "flow")
+    with pytest.raises(UserError, match="nearest is 32x24"): load_wan(tmp_path / "flow", size=(35, 24))
+    assert load_wan(tmp_path / "flow", size=(40, 24)).latent_shape == (4, 8, 10, 6)       # as many places
+    with pytest.raises(UserError, match="keep to the size it was trained at"): load_wan(tmp_path / "flow", size=(64, 64))
+    with pytest.raises(UserError, match="keep to the size it was trained at"): load_wan(tmp_path / "flow", frames=9)
+
+
+def test_a_transformer_of_images_is_refused(tmp_path):
+    teacher = tiny_wan()
+    teacher.denoiser = guided_wan(WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=36, text_dim=32,
+                                                        freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32))
+    with pytest.raises(UserError, match="36 channels for latents of 16: give Wan 2.1 T2V"): load_wan(save_wan(teacher, tmp_path / "i2v"))
+
+
 def pickled(folder):
     "Weights as torch.save writes them, instead of safetensors"
     file = next(folder.glob("*.safetensors"))
     torch.save(load_file(file), file.with_suffix(".bin")); file.unlink()
 
 
+def edited(folder):
+    "One tensor less, the second of another shape, and one more"
+    file = next(folder.glob("*.safetensors"))
+    state = load_file(file)
+    a, b = sorted(state)[2:4]
+    state.pop(a); state[b] = torch.zeros(*state[b].shape, 1)
+    save_file(state | {"extra.weight": torch.zeros(1)}, file, metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize("spoil, says", [
+    (lambda d: edited(d / "transformer"), "of a WanTransformer3DModel: 1 missing .* 1 unknown .extra.weight., 1 of another shape"),
+    (lambda d: edited(d / "vae"), "of a AutoencoderKLWan: 1 missing .* 1 unknown .extra.weight., 1 of another shape"),
+    (lambda d: edited(d / "text_encoder"), "of a UMT5EncoderModel: 1 missing .* 1 unknown .extra.weight., 1 of another shape"),
     (lambda d: (d / "transformer/config.json").unlink(), "has no transformer/config.json"),
     (lambda d: (d / "vae/config.json").unlink(), "has no vae/config.json"),
     (lambda d: next((d / "vae").glob("*.safetensors")).write_bytes(b"12345678"), "vae' cannot be loaded as a AutoencoderKLWan"),
@@ -386,8 +418,60 @@ def test_lora_in_the_stock_pipeline(tmp_path, w):
     with torch.no_grad(): assert_close(pipe.transformer(z, torch.tensor([700.]), ctx).sample, ours, atol=1e-5, rtol=0)
 
 
+CONFIGS = dict(
+    alpha=dict(r=4, lora_alpha=7), weak=dict(r=8, lora_alpha=2), root=dict(r=4, lora_alpha=3, use_rslora=True),
+    layers=dict(r=4, lora_alpha=4, rank_pattern={"to_q": 2, "ffn.net.2": 6}, alpha_pattern={"to_q": 5, "to_k": 1}),
+    bias=dict(r=4, lora_alpha=6, lora_bias=True), few=dict(r=4, lora_alpha=6, target_modules=["to_q", "to_v"]))
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")      # peft takes every bias for a broken matrix
+def test_any_rank_and_alpha_in_the_stock_pipeline(tmp_path, config):
+    "peft's factor of each layer goes into the file, which stock diffusers reads with a factor of one"
+    config = LoraConfig(**dict(target_modules=tiny_wan().lora_targets()) | config)
+    student = random_student(config=config)
+    net, t, w = student.teacher.denoiser, student.teacher, 4.5
+    factors = {m.scaling["default"] for m in net.modules() if isinstance(m, BaseTunerLayer)}
+    assert factors != {1.} and (config.rank_pattern == {} or len(factors) >= 3)
+    save_wan(tiny_wan(), tmp_path / "wan")
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    save_wan_lora(net, tmp_path / "lora", w)
+    for k, v in net.state_dict().items(): assert torch.equal(v, before[k]), k
+    pipe = WanPipeline.from_pretrained(tmp_path / "wan")
+    pipe.load_lora_weights(tmp_path / "lora")
+    pipe.scheduler = stock_scheduler(t.scheduler, 2)
+    pipe.set_progress_bar_config(disable=True)
+    z, ctx, s = torch.randn(1, *t.latent_shape, generator=make_gen(5)), t.encode_text(["a cat"]), torch.tensor([700.])
+    with torch.no_grad():
+        want = net(z, s, ctx, w_embedding(torch.tensor([w]))).sample
+        assert_close(pipe.transformer(z, s, ctx).sample, want, atol=1e-5, rtol=0)
+        torch.manual_seed(0)
+        f = lambda z, s: student(z, s, ctx, torch.tensor([w]))
+        *_, (_, x0, _) = few_step_sample(f, z, few_step_grid(2), t.schedule, lambda i: torch.randn(z.shape))
+        torch.manual_seed(0)
+        frames = pipe(prompt_embeds=ctx, latents=z, num_inference_steps=2, guidance_scale=1., height=32, width=32,
+                      num_frames=17, output_type="pt").frames
+        assert_close(frames.transpose(1, 2), t.decode(x0), atol=1e-4, rtol=0)
+    pipe.fuse_lora(); pipe.unload_lora_weights()
+    with torch.no_grad(): assert_close(pipe.transformer(z, s, ctx).sample, want, atol=1e-5, rtol=0)
+
+
+def test_what_is_no_student_of_wan():
+    with pytest.raises(UserError, match="carries no LoRA"): wan_lora(tiny_wan().denoiser)
+    with pytest.raises(UserError, match="w -1.0 is negative"): wan_lora(random_student().teacher.denoiser, -1.)
+
+
 def test_two_scales_give_two_files():
     net = random_student().teacher.denoiser
     a, b = wan_lora(net, 2.), wan_lora(net, 5.)
     assert {k for k in a if not torch.equal(a[k], b[k])} == {
         "transformer.condition_embedder.time_embedder.linear_2.lora_B.bias"}
+
+
+def test_saved_pipeline_opens_again(tmp_path):
+    "As `T2VTurboPipeline`, with the class of its network, and with the same frames"
+    pipe = T2VTurboPipeline.from_student(random_student(frames=5))
+    want = pipe("a cat", 2, generator=make_gen(0)).frames
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = T2VTurboPipeline.from_pretrained(tmp_path / "pipe")
+    assert type(again.denoiser) is GuidedWan and again.denoiser.cond_proj.weight.any()
+    assert_close(again("a cat", 2, generator=make_gen(0)).frames, want, atol=1e-5, rtol=0)

@@ -38,12 +38,12 @@ def random_frames(t:int,               # frames of the clip
     return torch.randperm(t, generator=gen)[:m].sort().values
 
 def strided_frames(t:int,               # frames of the clip
-                   n:int,               # frames to pick; divides `t`
+                   n:int,               # frames to pick, 1..t
                    gen:torch.Generator, # randomness of the phase
                   )->Tensor:            # indices `(n,)`
-    "Every (t/n)-th frame from a random phase, for the video reward"
-    if n < 1 or t % n: raise UserError(f"video_frames {n} does not divide a clip of {t} frames")
-    return torch.arange(n) * (t // n) + torch.randint(t // n, (1,), generator=gen)
+    "Every (t//n)-th frame from a random phase, for the video reward"
+    if not 1 <= n <= t: raise UserError(f"video_frames {n} does not fit a clip of {t}: give 1..{t}")
+    return torch.arange(n) * (t // n) + torch.randint(t - (n-1) * (t // n), (1,), generator=gen)
 
 # %% ../../nbs/20_rewards.ipynb #c442d71a
 def per_frame(reward,       # a reward over clips
@@ -81,7 +81,7 @@ def mix(parts:dict, # reward: weight, e.g. `{hps: 1., clip: .2}`
 class Facts:
     "What a reward states about itself"
     name:str     # on the command line
-    frames:int   # frames it looks at together; 1: each frame alone
+    frames:int   # it looks at together; 1: each frame alone; 0: as many as there are
     tokens:int   # longest prompt in tokens, marks included; 0: reads no prompt
     size:int     # height and width of what the network sees, pixels
     licence:str  # of the weights

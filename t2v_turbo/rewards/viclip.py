@@ -17,9 +17,10 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..core import clips_of, frames_of
 from .base import CosineReward, Facts
-from .clip import (IMAGENET_STATS, block_rows, convert, crop, depth, fetch, fill,
-                                    normalise, published, read_weights, size_of, text_rows)
-from ..teachers.videocrafter2 import clip_tokenizer, read_merges
+from .clip import (IMAGENET_STATS, block_rows, clip_merges, convert, crop, depth,
+                                    fetch, fill, normalise, published, read_weights,
+                                    size_of, text_rows)
+from ..teachers.videocrafter2 import clip_tokenizer
 
 # %% ../../nbs/23_viclip.ipynb #78f492b0
 def run_layers(layers,       # modules, called one after the other
@@ -161,7 +162,7 @@ def viclip_model(state:dict,    # name: tensor, as published
     return fill(net, convert(state, viclip_table(net), net, facts.name))
 
 def viclip(weights=None,         # the published `.pth` or `.safetensors`; `None`: from the hub
-           vocabulary=None,      # CLIP's merges, see `read_merges`
+           vocabulary=None,      # CLIP's merges, see `clip_merges`
            dtype:torch.dtype=torch.float32, # of the network
            save_memory:bool=False, # run each layer again in backward
            gen:torch.Generator=None, # place of the crop; `None`: the middle
@@ -171,7 +172,7 @@ def viclip(weights=None,         # the published `.pth` or `.safetensors`; `None
     state = read_weights(fetch(weights, facts))
     vocab = size_of(state, "text_encoder.token_embedding.weight", facts.name)[0]
     length = size_of(state, "text_encoder.positional_embedding", facts.name)[0]
-    net = viclip_model(state, facts, clip_tokenizer(read_merges(vocabulary), vocab, length))
+    net = viclip_model(state, facts, clip_tokenizer(clip_merges(vocabulary), vocab, length))
     net.eyes.save_memory, net.gen = save_memory, gen
     return net.frozen(dtype)
 

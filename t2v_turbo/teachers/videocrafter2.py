@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['FPS_FILE', 'PREFIXES', 'vc2_to_diffusers', 'vc2_layers', 'vc2_lora_layers', 'unet_config', 'unet_table', 'fps_vector',
            'fps_bias', 'unet_from_vc2', 'set_fps', 'vae_config', 'vae_table', 'vae_from_vc2', 'text_config',
-           'text_table', 'text_from_vc2', 'tiny_videocrafter2', 'read_merges', 'clip_tokenizer', 'read_checkpoint',
-           'vc2_parts', 'vc2_scheduler', 'convert_videocrafter2', 'x0_scale']
+           'text_table', 'text_from_vc2', 'vc2_sizes', 'random_videocrafter2', 'tiny_videocrafter2', 'read_merges',
+           'clip_tokenizer', 'read_checkpoint', 'vc2_parts', 'vc2_scheduler', 'writing', 'convert_videocrafter2',
+           'x0_scale']
 
 # %% ../../nbs/12_videocrafter2.ipynb #7513008a
 import gzip
 import importlib.util
 import math
 import re
+import threading
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -25,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..core import UserError, atomic, write_json
+from .base import check_whole, differences, new_folder, read_torch
 
 # %% ../../nbs/12_videocrafter2.ipynb #abf0d00a
 _TOP = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
@@ -132,12 +136,10 @@ def _fits(v, shape):
 def _check(state, table, what):
     wrong = [f"{k} is {tuple(state[k].shape)}, not {table[k][1]}"
              for k in table if k in state and not _fits(state[k], table[k][1])]
-    found = {"missing": sorted(table.keys() - state.keys()),
-             "unknown": sorted(state.keys() - table.keys()), "of another shape": wrong}
-    told = [f"{len(names)} {kind} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-            for kind, names in found.items() if names]
-    if told: raise UserError(f"{what} does not have the tensors of VideoCrafter2: "
-                             f"{', '.join(told)}; give the published model.ckpt")
+    told = differences(missing=table.keys() - state.keys(), unknown=state.keys() - table.keys(),
+                       of_another_shape=wrong)
+    if told: raise UserError(f"{what} does not have the tensors of VideoCrafter2: {told}; "
+                             "give the file as it was published")
 
 def _rename(state, table):
     return {new: v for k, (news, shape) in table.items() if news
@@ -147,7 +149,7 @@ def _dim(state, axis, *names):
     for n in names:
         if n in state: return state[n].shape[axis]
     raise UserError(f"there is no tensor {names[0]}, so the size of the network cannot be read: "
-                    "give the published model.ckpt")
+                    "give the file as it was published")
 
 # %% ../../nbs/12_videocrafter2.ipynb #a1b92e4e
 def unet_config(state:dict, # VideoCrafter2's UNet, its own names
@@ -189,12 +191,9 @@ def fps_vector(state:dict, # holds the four tensors `fps_embedding.*`
                fps:int,    # frames a second
               )->Tensor:   # `(d,)` float64
     "What VideoCrafter2 adds to the time embedding for a frame rate"
-    if fps < 1 or int(fps) != fps:
-        near = max(1, round(fps))
-        raise UserError(f"fps {fps} is not a positive whole number: the nearest is {near}")
-    w1, b1, w2, b2 = (state[k].double() for k in _FPS)
+    rate, (w1, b1, w2, b2) = check_whole("fps", fps), (state[k].double() for k in _FPS)
     half = w1.shape[1] // 2
-    angle = fps * torch.exp(torch.arange(half).double() * -math.log(1e4) / half).to(w1.device)
+    angle = rate * torch.exp(torch.arange(half).double() * -math.log(1e4) / half).to(w1.device)
     return nn.functional.silu(torch.cat([angle.cos(), angle.sin()]) @ w1.T + b1) @ w2.T + b2
 
 def fps_bias(state:dict, # the tensors of `fps_vector` and `time_embed.2.bias`
@@ -206,11 +205,12 @@ def fps_bias(state:dict, # the tensors of `fps_vector` and `time_embed.2.bias`
 
 def unet_from_vc2(state:dict, # VideoCrafter2's UNet, its own names without a prefix
                   fps:int=16, # the frame rate to fold in
+                  what:str="this UNet", # how an error calls it
                  )->tuple:    # config, state dict of `UNet3DConditionModel`
     "The UNet in diffusers' layout; the tensors are views of the old ones where they can be"
     config = unet_config(state)
     table = unet_table(config, state)
-    _check(state, table, "this UNet")
+    _check(state, table, what)
     new = _rename(state, table)
     if _FPS[0] in table: new["time_embedding.linear_2.bias"] = fps_bias(state, fps)
     return config, new
@@ -324,35 +324,56 @@ def text_from_vc2(state:dict,     # `cond_stage_model.model`, without that prefi
 PREFIXES = dict(unet="model.diffusion_model.", vae="first_stage_model.",
                 text_encoder="cond_stage_model.model.")
 
-def _tiny_configs():
-    unet = dict(block_out_channels=[32, 64], layers_per_block=2, cross_attention_dim=64,
-                attention_head_dim=16, down_block_types=["CrossAttnDownBlock3D", "DownBlock3D"],
-                up_block_types=["UpBlock3D", "CrossAttnUpBlock3D"])
-    vae = dict(block_out_channels=[32, 64], layers_per_block=2, latent_channels=4,
-               down_block_types=["DownEncoderBlock2D"]*2, up_block_types=["UpDecoderBlock2D"]*2)
-    text = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1,
-                vocab_size=520, max_position_embeddings=77, bos_token_id=518, eos_token_id=519)
-    return unet, vae, text
+_SCHEDULE = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
+             "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod",
+             "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+             "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"]
 
-def tiny_videocrafter2(seed:int=0, # of the random weights
-                      )->dict:     # name: tensor, as under `state_dict` in `model.ckpt`
-    "Random weights in the full published layout, small enough for tests"
-    unet, vae, text = _tiny_configs()
-    tables = dict(unet=unet_table(unet, _FPS), vae=vae_table(vae, {}),
-                  text_encoder=text_table(text, {}))
+def vc2_sizes(tiny:bool=False, # small enough for tests, instead of the published sizes
+             )->dict:          # configuration of each part
+    "The sizes of VideoCrafter2's three networks; the text tower has one block more"
+    def size(published, small): return small if tiny else published
+    cross, widths = size(3, 1), size([320, 640, 1280, 1280], [32, 64])
+    vae, words = size([128, 256, 512, 512], [32, 64]), size(49408, 520)
+    return dict(
+        unet=dict(block_out_channels=widths, layers_per_block=2,
+                  cross_attention_dim=size(1024, 64), attention_head_dim=size(64, 16),
+                  down_block_types=["CrossAttnDownBlock3D"]*cross + ["DownBlock3D"],
+                  up_block_types=["UpBlock3D"] + ["CrossAttnUpBlock3D"]*cross),
+        vae=dict(block_out_channels=vae, layers_per_block=2, latent_channels=4,
+                 down_block_types=["DownEncoderBlock2D"]*len(vae),
+                 up_block_types=["UpDecoderBlock2D"]*len(vae)),
+        text_encoder=dict(hidden_size=size(1024, 64), intermediate_size=size(4096, 256),
+                          num_hidden_layers=size(23, 2), num_attention_heads=size(16, 1),
+                          vocab_size=words, max_position_embeddings=77, bos_token_id=words - 2,
+                          eos_token_id=words - 1))
+
+# %% ../../nbs/12_videocrafter2.ipynb #6193ded6
+def random_videocrafter2(sizes:dict, # see `vc2_sizes`
+                         seed:int=0, # of the random weights
+                        )->dict:     # name: tensor, as under `state_dict` in `model.ckpt`
+    "Random weights in the full published layout"
+    tables = dict(unet=unet_table(sizes["unet"], _FPS), vae=vae_table(sizes["vae"], {}),
+                  text_encoder=text_table(sizes["text_encoder"], {}))
     gen, beta = torch.Generator().manual_seed(seed), torch.linspace(.00085**.5, .012**.5, 1000)**2
     state = dict(betas=beta, alphas_cumprod=(1 - beta).cumprod(0), scale_arr=torch.ones(1400))
     for part, table in tables.items():
         for k, (_, shape) in table.items():
             conv = "init_attn.0.proj" in k or "attn_1" in k and "norm" not in k
             ones = (1,)*((2 if part == "vae" else 1)*(conv and len(shape) == 2))
-            v = torch.randn(*shape, *ones, generator=gen) * max(1, math.prod(shape[1:]))**-.5
+            v = torch.randn(*shape, *ones, generator=gen)
+            v *= max(1, math.prod(shape[1:]))**-.5
             norm = len(shape) == 1 and k.endswith("weight")
             state[PREFIXES[part] + k] = 1 + .1*v if norm else v if len(shape) > 1 else .1*v
-    text = PREFIXES["text_encoder"]
-    state[f"{text}text_projection"] = torch.randn(64, 64, generator=gen)
+    text, width = PREFIXES["text_encoder"], sizes["text_encoder"]["hidden_size"]
+    state[f"{text}text_projection"] = torch.randn(width, width, generator=gen)
     state[f"{text}logit_scale"] = torch.tensor(4.6)
-    return state
+    return {k: torch.rand(1000, generator=gen) for k in _SCHEDULE} | state
+
+def tiny_videocrafter2(seed:int=0, # of the random weights
+                      )->dict:     # as `random_videocrafter2`
+    "Random weights in the full published layout, small enough for tests"
+    return random_videocrafter2(vc2_sizes(tiny=True), seed)
 
 # %% ../../nbs/12_videocrafter2.ipynb #f84ca804
 def read_merges(path:Path=None, # `.txt`, `.txt.gz` or `.whl`; `None`: open_clip, if installed
@@ -390,15 +411,7 @@ def clip_tokenizer(merges:list,     # from `read_merges`; as many are used as `s
 def read_checkpoint(path:Path, # `model.ckpt`
                    )->dict:    # name: tensor
     "The tensors of a checkpoint, left on disk until they are used; anything else in it is refused"
-    if not Path(path).is_file():
-        raise UserError(f"no file {str(path)!r}: give the path of VideoCrafter2's model.ckpt")
-    try: state = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e:
-        found = re.search(r"GLOBAL (\S+)", str(e))
-        more = f"holds more than tensors ({found[1] if found else 'objects'})"
-        why = more if type(e).__name__ == "UnpicklingError" else "is cut off, or not a checkpoint"
-        raise UserError(f"{str(path)!r} was refused because it {why}: "
-                        "give VideoCrafter2's published model.ckpt") from None
+    state = read_torch(path, "VideoCrafter2's published model.ckpt")
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict): state = {type(state).__name__: state}
@@ -414,24 +427,25 @@ _PARTS = dict(unet=(UNet3DConditionModel, unet_config, unet_table, unet_from_vc2
               text_encoder=(CLIPTextModel, text_config, text_table, text_from_vc2))
 
 def vc2_parts(state:dict, # from `read_checkpoint`
+              what:str="the checkpoint", # how an error calls it
              )->dict:     # `unet`, `vae`, `text_encoder`: their state dicts without prefix
     "Split a checkpoint into its parts, after one check of all its names and shapes"
     parts = {p: {k[len(pre):]: v for k, v in state.items() if k.startswith(pre)}
              for p, pre in PREFIXES.items()}
     none = [PREFIXES[p] for p in parts if not parts[p]]
-    if none: raise UserError(f"the checkpoint holds no tensor under {' or '.join(none)}: "
+    if none: raise UserError(f"{what} holds no tensor under {' or '.join(none)}: "
                              "give VideoCrafter2's published model.ckpt")
     table = {k: ([], None) for k in state if "." not in k}
     for p, (_, config, rows, _) in _PARTS.items():
         found = rows(config(parts[p]), parts[p])
         table |= {PREFIXES[p] + k: v for k, v in found.items()}
-    _check(state, table, "the checkpoint")
+    _check(state, table, what)
     return parts
 
 def _save(cls, config, state, folder):
     with torch.device("meta"): model = _build(cls, config)      # no memory for weights
     model.load_state_dict(state, assign=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="2GB")         # so an interrupt waits for less
 
 def vc2_scheduler()->DDIMScheduler:
     "The published noise schedule: 1000 steps, scaled-linear, noise prediction"
@@ -450,6 +464,30 @@ def _describe(folder, fps, left_out):
     write_json(folder/"teacher.json", dict(kind="videocrafter2", frames=16, fps=fps,
                                            size=[320, 512], left_out=left_out))
 
+def _bytes_in(folder):
+    total = 0
+    for p in folder.rglob("*"):
+        try: total += p.stat().st_size
+        except FileNotFoundError: pass                          # renamed at this moment
+    return total
+
+@contextmanager
+def writing(folder:Path, # the files that are written while the body runs
+            total:int,   # bytes that will be there
+           ):
+    "A progress bar of the bytes in a folder, whoever writes them"
+    done = threading.Event()
+    with tqdm(total=total, desc="convert", unit="B", unit_scale=True) as bar:
+        def show():
+            bar.n = min(total, _bytes_in(folder)); bar.refresh()
+        def watch():
+            while not done.wait(.2): show()
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try: yield bar
+        finally: done.set(); thread.join(); show()
+
+# %% ../../nbs/12_videocrafter2.ipynb #20e17480
 def convert_videocrafter2(checkpoint:Path,      # the published `model.ckpt`
                           out:Path,             # the folder to make; must not exist
                           fps:int=16,           # frame rate to fold in; `set_fps` changes it later
@@ -457,10 +495,9 @@ def convert_videocrafter2(checkpoint:Path,      # the published `model.ckpt`
                          )->Path:               # `out`
     "Turn VideoCrafter2's checkpoint into a folder that stock diffusers loads"
     out = Path(out)
-    if out.exists():
-        raise UserError(f"{str(out)!r} is there already: give a new folder, or move it")
+    new_folder(out); check_whole("fps", fps)
     merges, state = read_merges(vocabulary), read_checkpoint(checkpoint)
-    parts = vc2_parts(state)
+    parts = vc2_parts(state, repr(str(checkpoint)))
     left_out = sorted(k for k in state if "." not in k)
     print(f"left out: {len(left_out)} schedule buffers ({', '.join(left_out)}), "
           "the text tower's last block")
@@ -468,10 +505,10 @@ def convert_videocrafter2(checkpoint:Path,      # the published `model.ckpt`
     length = len(parts["text_encoder"]["positional_embedding"])
     tokenizer, extra = clip_tokenizer(merges, words, length), dict(unet=dict(fps=fps))
     mlp = {k: v.clone() for k, v in parts["unet"].items() if k in (*_FPS, "time_embed.2.bias")}
-    with atomic(out) as tmp, tqdm(_PARTS, desc="convert") as bar:
-        for p in bar:
+    total = sum(v.nbytes for part in parts.values() for v in part.values())
+    with atomic(out) as tmp, writing(tmp, total) as bar:
+        for p, (cls, *_, convert) in _PARTS.items():
             bar.set_postfix_str(p)
-            cls, *_, convert = _PARTS[p]
             _save(cls, *convert(parts.pop(p), **extra.get(p, {})), tmp/p)
         tokenizer.save_pretrained(tmp/"tokenizer")
         vc2_scheduler().save_pretrained(tmp/"scheduler")

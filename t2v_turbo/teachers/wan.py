@@ -16,9 +16,11 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import (AutoencoderKL, AutoencoderKLWan, FlowMatchLCMScheduler,
+                       ModelMixin, # where GuidedWan is, diffusers looks for it in saved pipelines
                        UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel)
 from fastcore.basics import patch
 from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (AutoTokenizer, CLIPTextModel, T5Tokenizer, UMT5Config,
                           UMT5EncoderModel)
@@ -26,7 +28,7 @@ from transformers import (AutoTokenizer, CLIPTextModel, T5Tokenizer, UMT5Config,
 from ..consistency import few_step_grid, w_embedding
 from ..core import UserError, atomic, expand_to, write_json
 from ..schedule import Schedule
-from .base import Teacher, check_size, load_part, save_parts, tokenize
+from .base import Teacher, check_size, check_whole, load_part, save_parts, tokenize
 
 # %% ../../nbs/14_wan.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -304,6 +306,17 @@ def _class_of(folder, part, file="config.json"):
                         "diffusers' layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     return json.loads(path.read_text())["_class_name"]
 
+def _check_fit(teacher, folder):
+    "Refuse latents that the transformer cannot take"
+    net, latents = teacher.denoiser.config, torch.zeros(1, *teacher.latent_shape)
+    if not isinstance(teacher, WanTeacher):
+        f = 2**(len(teacher.vae.config.block_out_channels) - 1)
+        check_size(teacher.video_shape[2:], f*net.patch_size[1])
+        with_places(latents, net.in_channels, net.patch_size)
+    elif net.in_channels != latents.shape[1]:
+        raise UserError(f"{str(folder)!r} holds a transformer of {net.in_channels} channels for "
+                        f"latents of {latents.shape[1]}: give Wan 2.1 T2V, not I2V")
+
 def load_wan(folder:Path,      # Wan 2.1 in diffusers' layout, or from `save_wan`
              frames:int=None,  # frames of a clip; the teacher's own by default, as below
              size:tuple=None,  # height and width
@@ -317,27 +330,43 @@ def load_wan(folder:Path,      # Wan 2.1 in diffusers' layout, or from `save_wan
     if found[0] != "WanTransformer3DModel" or found[1] not in _KINDS:
         raise UserError(f"{str(folder)!r} holds a {found[0]} with an {found[1]}: give Wan 2.1")
     vae, text = _KINDS[found[1]]
-    given = dict(frames=frames or about.get("frames"), fps=fps or about.get("fps"),
-                 size=tuple(size or about.get("size", ())))
+    given = {k: about.get(k) if v is None else v
+             for k, v in dict(frames=frames, fps=fps, size=size).items()}
+    for k in ("frames", "fps"):
+        if given[k] is not None: check_whole(k, given[k])
+    given = {k: tuple(v) if k == "size" else v for k, v in given.items() if v is not None}
     cls = WanTeacher if vae is AutoencoderKLWan else FlowTeacher
     scheduler = getattr(diffusers, _class_of(folder, "scheduler", "scheduler_config.json"))
     net = guided_wan(load_part(WanTransformer3DModel, folder, "transformer", dtype))
-    return cls(str(folder), net, load_part(vae, folder, "vae", dtype),
-               load_part(text, folder, "text_encoder", dtype),
-               load_part(AutoTokenizer, folder, "tokenizer"),
-               load_part(scheduler, folder, "scheduler"), **{k: v for k, v in given.items() if v})
+    teacher = cls(str(folder), net, load_part(vae, folder, "vae", dtype),
+                  load_part(text, folder, "text_encoder", dtype),
+                  load_part(AutoTokenizer, folder, "tokenizer"),
+                  load_part(scheduler, folder, "scheduler"), **given)
+    _check_fit(teacher, folder)
+    return teacher
 
 # %% ../../nbs/14_wan.ipynb #5d4dd51e
-def wan_lora(denoiser:GuidedWan, # with LoRA of scale 1, as `Student` makes it
+def wan_lora(denoiser:GuidedWan, # with LoRA of any rank and alpha, as `Student` makes it
              w:float=4.,         # guidance scale to keep, 0 is none
             )->dict:             # name: tensor, for `WanPipeline.load_lora_weights`
-    "A student of Wan as one LoRA, the guidance scale folded into a bias"
-    state, last = get_peft_model_state_dict(denoiser), "condition_embedder.time_embedder.linear_2"
-    state |= {k.replace(".weight", ".bias"): v.new_zeros(len(v)) for k, v in state.items()
-              if k.endswith("lora_B.weight")}
-    with torch.no_grad():
-        scale = torch.tensor([float(w)], device=denoiser.device)
-        state[f"{last}.lora_B.bias"] = denoiser.cond_proj(w_embedding(scale))[0]
+    "A student of Wan as one LoRA of scale 1, the guidance scale folded into a bias"
+    if w < 0: raise UserError(f"w {w} is negative: give 0 (no guidance) or more")
+    if not getattr(denoiser, "peft_config", None):
+        raise UserError("this transformer carries no LoRA: give the denoiser of a student")
+    last, state = "condition_embedder.time_embedder.linear_2", get_peft_model_state_dict(denoiser)
+    for n, m in denoiser.named_modules():
+        if not isinstance(m, BaseTunerLayer): continue
+        up, bias = f"{n}.lora_B.weight", f"{n}.lora_B.bias"
+        state[bias] = m.scaling["default"] * state.get(bias, state[up].new_zeros(len(state[up])))
+        state[up] = m.scaling["default"] * state[up]
+    time, proj = denoiser.get_submodule(last), denoiser.cond_proj.weight
+    if not isinstance(time, BaseTunerLayer):              # it gets its bias all the same
+        rank = next(len(v) for k, v in state.items() if k.endswith("lora_A.weight"))
+        state |= {f"{last}.lora_A.weight": proj.new_zeros(rank, time.in_features),
+                  f"{last}.lora_B.weight": proj.new_zeros(time.out_features, rank),
+                  f"{last}.lora_B.bias": proj.new_zeros(time.out_features)}
+    e = w_embedding(torch.tensor([float(w)], device=proj.device))[0].to(proj.dtype)
+    state[f"{last}.lora_B.bias"] = state[f"{last}.lora_B.bias"] + proj @ e
     return {f"transformer.{k}": v.detach().contiguous().cpu() for k, v in state.items()}
 
 def save_wan_lora(denoiser:GuidedWan, # as for `wan_lora`

@@ -1,0 +1,200 @@
+"Faults of a long run, each injected: one clear sentence, an exit code that is not 0, and nothing lost"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2v_turbo.checkpoints import Checkpoints, claim
+from t2v_turbo.cli import main
+from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+SMALL = ["--steps", "4", "--batch", "2", "--rank", "2", "--save_every", "1", "--eval_every", "0", "--repeats", "1",
+         "--beta_img", "0", "--beta_vid", "0", "--lr", "2e-4", "--track", ""]
+
+
+def refused(capsys, *argv, code=2):
+    "The one sentence on stderr of a call that must fail"
+    assert main([str(a) for a in argv]) == code
+    err = [l for l in capsys.readouterr().err.strip().splitlines() if l.startswith(("t2v-turbo: ", "stopped"))]
+    assert len(err) == 1, err
+    return err[0]
+
+
+def run(script, *args, wait=True):
+    p = subprocess.Popen([sys.executable, "-c", script, *map(str, args)], env=ENV, stdout=subprocess.PIPE,
+                         stderr=subprocess.PIPE, text=True)
+    if not wait: return p
+    out, err = p.communicate(timeout=300)
+    assert "Traceback" not in err, err[-3000:]
+    return p.returncode, err.strip().splitlines()[-1]
+
+
+FULL_DISK = """
+import resource, sys
+from t2v_turbo import train
+from t2v_turbo.cli import main
+save = train.Trainer.save
+def tight(self):                       # from the third step on no file can grow beyond 20 kB
+    if self.step == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    return save(self)
+train.Trainer.save = tight
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_full_disk(tmp_path):
+    code, said = run(FULL_DISK, "distill", "--out", tmp_path / "o", *SMALL)
+    assert code == 2 and said.startswith("t2v-turbo: the checkpoint of step 3 cannot be written"), said
+    assert said.endswith("make room and run again; the last good one is of step 2"), said
+    store = Checkpoints(tmp_path / "o")
+    assert store.steps() == [1, 2] and store.newest()[1]["step"] == 2
+    assert not [*(tmp_path / "o").glob("**/.tmp-*")]
+    assert main(["distill", "--out", str(tmp_path / "o"), *SMALL]) == 0        # there is room again
+
+
+def test_full_disk_while_logging(tmp_path):
+    "A disk that is full outside of a save ends in a sentence too"
+    script = FULL_DISK.replace("def tight(self):", "def tight(self):\n    pass\ndef log(self, row):").replace(
+        "    return save(self)\ntrain.Trainer.save = tight", "    return first(self, row)\nfirst = train.Trainer.log\ntrain.Trainer.log = log"
+    ).replace("self.step == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))",
+              "self.step == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))")
+    code, said = run(script, "distill", "--out", tmp_path / "o", *SMALL)
+    assert code == 2 and "cannot be written" in said, said
+    assert Checkpoints(tmp_path / "o").newest()[0] == 2
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    "A finished run of four steps"
+    out = tmp_path_factory.mktemp("runs") / "done"
+    assert main(["distill", "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def copy(done, tmp_path):
+    import shutil
+    return Path(shutil.copytree(done, tmp_path / "o"))
+
+
+def test_torn_checkpoint(done, tmp_path, capsys):
+    out = copy(done, tmp_path); store = Checkpoints(out)
+    assert store.steps() == [2, 3, 4]
+    store.path(4).write_bytes(store.path(4).read_bytes()[:999])
+    with pytest.warns(UserWarning, match="step-00000004.pt' cannot be read .*; went back to step 3"):
+        assert main(["distill", "--out", str(out), *SMALL]) == 0
+    assert "resumed at step 3 of 4" in capsys.readouterr().out
+    for s in store.steps(): store.path(s).write_bytes(b"torn")
+    before = sorted(p.name for p in out.iterdir())
+    assert "no earlier one to use: choose another --out" in refused(capsys, "distill", "--out", out, *SMALL)
+    assert sorted(p.name for p in out.iterdir()) == before
+
+
+def test_checkpoint_of_another_teacher(done, tmp_path, capsys):
+    out = copy(done, tmp_path); other = load_teacher("tiny")
+    with torch.no_grad(): other.denoiser.proj_out.weight.mul_(2)
+    save_teacher(other, tmp_path / "teacher")
+    store, kept = Checkpoints(out), {p.name: p.read_bytes() for p in (out / "checkpoints").iterdir()}
+    for step in store.steps():                           # the same settings, but for the teacher's weights
+        state = store.load(step); state["config"]["teacher"] = str(tmp_path / "teacher"); store.save(step, state)
+    kept = {p.name: p.read_bytes() for p in (out / "checkpoints").iterdir()}
+    said = refused(capsys, "distill", "--out", out, *SMALL, "--teacher", tmp_path / "teacher")
+    assert "step-00000004.pt' was made with another teacher" in said
+    assert kept == {p.name: p.read_bytes() for p in (out / "checkpoints").iterdir()}
+
+
+def test_foreign_checkpoint_is_passed_over(done, tmp_path):
+    out = copy(done, tmp_path); store = Checkpoints(out)
+    state = store.load(4); state["config"]["lr"] = 7.; store.save(4, state)
+    with pytest.warns(UserWarning, match=r"other settings \(lr\); went back to step 3"):
+        assert main(["distill", "--out", str(out), *SMALL]) == 0
+
+
+NAN = """
+import sys, torch
+from t2v_turbo.train import Config, Objective, Trainer
+from t2v_turbo.core import UserError
+calls, when = 0, [int(x) for x in sys.argv[2].split(",")]
+def reward(frames, prompts):
+    global calls; calls += 1
+    bad = frames.new_tensor([float("nan") if calls in when and i == 0 else 0. for i in range(len(frames))])
+    return frames.mean((1, 2, 3, 4)) + bad
+t = Trainer(Config(out=sys.argv[1], steps=8, batch=2, rank=2, save_every=100, max_skipped=3, track="",
+                   objective=Objective(beta_img=0.)), video_reward=reward)
+w = []
+try:
+    for row in t.fit(): w.append(t.params[1].sum().item()); print(row["step"], row["skipped"], flush=True)
+except UserError as e: print(e, file=sys.stderr); sys.exit(2)
+print(w[2] == w[1], w[3] != w[2])
+"""
+
+
+def test_nan_reward(tmp_path):
+    p = subprocess.run([sys.executable, "-c", NAN, tmp_path / "a", "3,6"], env=ENV, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 0, p.stderr[-2000:]
+    assert p.stdout.split("\n")[:8] == [f"{i} {n}" for i, n in zip(range(1, 9), (0, 0, 1, 1, 1, 2, 2, 2))]
+    assert p.stdout.split("\n")[8] == "True True"          # the weights stand still in step 3 and move in step 4
+    rows = [json.loads(x) for x in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert [r["loss"] is None for r in rows] == [i in (2, 5) for i in range(8)]
+    code, said = run(NAN, tmp_path / "b", "2,3,4")
+    assert code == 2 and said.startswith("no finite loss in 3 steps in a row, now step 4 (j_vid, r_vid is NaN or infinite)"), said
+    assert Checkpoints(tmp_path / "b").newest()[0] == 4
+
+
+SLOW_SAVE = """
+import sys, time
+from t2v_turbo import checkpoints
+from t2v_turbo.cli import main
+rename = checkpoints.os.fsync
+def slow(fd):
+    if len(sys.argv) and not getattr(slow, "told", False): print("saving", flush=True); slow.told = True; time.sleep(2)
+    return rename(fd)
+checkpoints.os.fsync = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_signal_during_a_save(tmp_path, name, code):
+    "The save is finished, the run ends after it, and the same command goes on from there"
+    more = [*SMALL[2:], "--steps", "40", "--out", tmp_path / "o"]
+    p = run(SLOW_SAVE, "distill", *more, wait=False)
+    for line in p.stdout:
+        if line.strip() == "saving": break
+    p.send_signal(getattr(signal, name))
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == code, err[-2000:]
+    assert err.strip().splitlines()[-1] == f"stopped by {name} at step 1; the same command goes on from there"
+    assert Checkpoints(tmp_path / "o").steps() == [1] and not (tmp_path / "o" / "run.lock").exists()
+
+
+def test_output_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "o", "/proc/t2v_turbo"):            # the second is read-only for root too
+        assert "cannot write to the output folder" in refused(capsys, "distill", "--out", out, *SMALL)
+
+
+def test_two_runs_into_one_folder(done, tmp_path, capsys):
+    out = copy(done, tmp_path)
+    p = run("import sys, time\nfrom t2v_turbo.checkpoints import claim\n"
+            "with claim(sys.argv[1]): print('mine', flush=True); time.sleep(60)", out, wait=False)
+    assert p.stdout.readline().strip() == "mine"
+    before = {f.name: f.stat().st_mtime_ns for f in out.iterdir()}
+    assert f"in use by another run (process {p.pid})" in refused(capsys, "distill", "--out", out, *SMALL)
+    assert before == {f.name: f.stat().st_mtime_ns for f in out.iterdir()}
+    p.kill(); p.wait()
+    with claim(out): pass                                                # the claim of the dead is taken over
+
+
+def test_a_second_interrupt_does_not_wait():
+    script = ("import time\nfrom t2v_turbo.checkpoints import stop_signals\nwith stop_signals():\n"
+              "    print('in', flush=True)\n    while True: time.sleep(.1)")
+    p = run(script, wait=False); p.stdout.readline()
+    p.send_signal(signal.SIGINT); time.sleep(.5); assert p.poll() is None
+    p.send_signal(signal.SIGINT); p.communicate(timeout=20); assert p.returncode not in (0, None)

@@ -1,0 +1,125 @@
+"The prediction of memory: the same on `meta` as with weights, and near what a process really takes"
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from t2v_turbo.core import UserError
+from t2v_turbo.plan import (GB, RESERVE, Plan, _phases, bytes_of, metered, optimizer_bytes, plan_table, predict,
+                            reward_on_meta, save_reward, teacher_on_meta, weights_of)
+from t2v_turbo.rewards.names import FACTS
+from t2v_turbo.teachers.memory import Meter, make_optimizer
+
+PATH = next(p/"bench/plan.py" for p in Path(__file__).resolve().parents if (p/"bench/plan.py").is_file())
+spec = importlib.util.spec_from_file_location("bench_plan", PATH)
+bench = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(bench)
+SMALL = dict(unet=dict(kind="unet", width=16, frames=8, size=32), wan=dict(kind="wan", width=24, frames=29, size=32))
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("switches", [dict(denoiser=False, decode=0), dict(denoiser=True, decode=1), dict(denoiser=True, decode=1, batch=2)],
+                         ids=["kept", "again", "two"])
+def test_meta_counts_what_a_cpu_counts(kind, switches):
+    c = SMALL[kind] | switches
+    meta, real = (metered(bench.build(c, d), c.get("batch", 1)) for d in ("meta", "cpu"))
+    kept = lambda m: {k: v["kept"] for k, v in m.phases.items() if k != "backward"}
+    assert kept(meta) == kept(real) and list(meta.phases)[-1] == "backward" and len(meta.phases) == 9
+    assert meta.peak == pytest.approx(real.peak, rel=.02)
+    assert meta.flops == real.flops > 0
+
+
+def test_nothing_is_left_patched():
+    model = bench.build(SMALL["unet"] | dict(denoiser=True, decode=1), "meta")
+    before, attention = dict(vars(model.student.teacher)), torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(ZeroDivisionError), Meter("meta") as m, _phases(model, m): 1/0
+    assert vars(model.student.teacher).keys() == before.keys()
+    assert torch.nn.functional.scaled_dot_product_attention is attention
+
+
+def test_operations_are_those_of_pytorchs_counter():
+    x, net = torch.randn(2, 3, 16, 16), torch.nn.Conv2d(3, 8, 3)
+    q = torch.randn(1, 2, 8, 4, requires_grad=True)
+    def run():
+        net(x).sum().backward()
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    with FlopCounterMode(display=False) as theirs: net(x).sum().backward()
+    with Meter() as ours: run()
+    attention = 2*2*(8*8*4)*2                                  # two products of 8 x 8 x 4 in each of two heads
+    assert ours.flops == theirs.get_total_flops() + attention*(1 + 5/2)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_optimizer_bytes(name):
+    if name == "adamw8bit": pytest.importorskip("bitsandbytes")
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (8192, 100)]
+    opt = make_optimizer(name, params, 1e-3)
+    for p in params: p.grad = torch.ones_like(p)
+    opt.step()
+    state = [v for s in opt.state.values() for v in s.values() if isinstance(v, torch.Tensor) and v.ndim]
+    assert optimizer_bytes(name, params) == pytest.approx(sum(v.nbytes for v in state), rel=.02)
+
+
+@pytest.mark.parametrize("name", sorted(FACTS))
+def test_every_reward_has_sizes(name):
+    reward = reward_on_meta(name)
+    frames = torch.rand(1, 3, FACTS[name].frames or 4, 64, 64, device="meta", requires_grad=True)
+    with Meter("meta", [*reward.parameters(), *reward.buffers(), frames]):
+        torch.autograd.backward(reward(frames, ["a prompt"]).sum())
+    assert frames.grad.shape == frames.shape and weights_of(reward) > 0
+
+
+@pytest.mark.parametrize("name", ["viclip-b16", "videoprism-base", "hpsv2.1"])
+def test_rewards_run_again_keep_less(name):
+    reward = reward_on_meta(name)
+    def kept(save):
+        n = FACTS[name].frames
+        x = torch.rand(3 if n == 1 else 1, 3, n, 64, 64, device="meta", requires_grad=True)
+        with Meter("meta", [*reward.parameters(), *reward.buffers(), x]) as m:
+            y = save_reward(reward, save)(x, ["a"]*len(x))
+            return m.live + 0*y.numel()
+    assert kept(True) < .5*kept(False)
+
+
+def test_shared_storages_count_once():
+    x = torch.zeros(10)
+    assert bytes_of([x, x.view(2, 5), x[:3]]) == 40 and weights_of(None) == 0
+
+
+def test_the_goal_at_full_size():
+    plan = predict("modelscope", ("hpsv2.1", "viclip-l14"))
+    assert plan.weights["denoiser"] == pytest.approx(2*1.411e9, rel=.01)
+    assert plan.total/GB + RESERVE < 24 and plan.highest == "backward"
+    assert plan.gb()["total"] == pytest.approx(sum(v for k, v in plan.gb().items() if k in plan.weights or k.startswith("peak")))
+
+
+def test_two_rewards_of_a_kind_and_an_unknown_optimizer():
+    with pytest.raises(UserError, match="clipscore is a second image reward"): predict("tiny", ("tiny-image", "clipscore"))
+    with pytest.raises(UserError, match="optimizer 'sgd' is unknown"): optimizer_bytes("sgd", [])
+
+
+def test_table_names_the_first_row_that_fits():
+    plan = lambda gb: Plan(dict(denoiser=gb*GB), dict(student=dict(kept=0, peak=0, flops=2*10**12)), 0)
+    rows = [("nothing", plan(30)), ("one", plan(20)), ("two", plan(5))]
+    last = lambda gpu: plan_table(rows, gpu).splitlines()[-1]
+    assert last(48) == "48 GB are enough as it is" and last(24) == "24 GB are enough with: one"
+    assert last(12) == "12 GB are enough with: one, two" and "the least is 5.0 GB" in last(5)
+    assert plan_table(rows, 24).splitlines()[2].split() == ["one", "20.0", "0.0", "20.0", "2.0", "student"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
+@pytest.mark.parametrize("i", [0, 7], ids=lambda i: bench.CONFIGS[i]["kind"])
+def test_within_a_fifth_of_what_a_process_takes(i, tmp_path, capsys):
+    assert bench.main(["--only", str(i), "--json", str(tmp_path/"rows.json")]) == 0
+    row, = json.loads((tmp_path/"rows.json").read_text())
+    assert .8 < row["predicted"]/row["measured"] < 1.2
+    assert capsys.readouterr().out.count("|") >= 15
+
+
+def test_full_size_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["--full"]) == 2 and "needs a GPU" in capsys.readouterr().err
