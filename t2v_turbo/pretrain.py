@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['vae_loss', 'train_vae', 'soft_flaws', 'round_trip', 'judged_clips', 'broken', 'train_judge', 'one_word_wrong',
-           'preference_loss', 'inflate', 'train_reward', 'latents', 'rate', 'train_teacher', 'mostly_high',
-           'noisy_captions', 'pretrain', 'judged_clips_in_parts']
+           'preference_loss', 'inflate', 'train_reward', 'latents', 'rate', 'train_denoiser', 'train_teacher',
+           'mostly_high', 'noisy_captions', 'tiny_flow', 'train_flow', 'pretrain', 'judged_clips_in_parts']
 
 # %% ../nbs/41_pretrain.ipynb #7becbedd
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, WanTransformer3DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,8 +23,9 @@ from .core import UserError, atomic, clips_of, frames_of, make_gen
 from .evaluate import Judge
 from .rewards.tiny import REWARD_KINDS, TinyReward
 from .teachers.base import Teacher
-from .teachers.tiny import (TinyVideoDenoiser, save_teacher, tiny_scheduler,
+from .teachers.tiny import (TinyVideoDenoiser, load_teacher, save_teacher, tiny_scheduler,
                                      tiny_text_encoder, tiny_tokenizer, tiny_vae)
+from .teachers.wan import FlowTeacher, flow_scheduler, guided_wan, save_wan
 from .world import blur, caption, combos, flicker, render, sample_attrs, watermark, web
 
 # %% ../nbs/41_pretrain.ipynb #5638f5db
@@ -220,6 +221,31 @@ def rate(i:int,     # step
     return 1.2e-3 * min(1., (i + 1) / 200) * end + 1e-6
 
 # %% ../nbs/41_pretrain.ipynb #91ee09ef
+def train_denoiser(teacher:Teacher, # its denoiser is trained, in place
+                   z0:Tensor,       # normalised latents of the training clips `(n 4 t h w)`
+                   attrs:Tensor,    # what they show `(n 3)`
+                   cycles:tuple,    # optimiser steps of each learning-rate cycle
+                   batch:int,       # clips a step
+                   gen:torch.Generator, # randomness
+                  )->Teacher:       # frozen, with EMA weights
+    "Velocity prediction for whatever forward process the teacher has"
+    den, schedule = teacher.denoiser, teacher.schedule
+    params = list(den.requires_grad_(True).parameters())
+    opt = torch.optim.AdamW(params, betas=(.9, .99), weight_decay=0)
+    ema = EMAModel(params, decay=.9985, min_decay=.9985)
+    lrs = [rate(i, n) for n in cycles for i in range(n)]
+    for lr in tqdm(lrs, desc=teacher.name, leave=False):
+        for g in opt.param_groups: g["lr"] = lr
+        j = torch.randint(len(z0), (batch,), generator=gen)
+        ctx = teacher.encode_text(noisy_captions(attrs[j], gen))
+        t = mostly_high(batch, gen)
+        eps = torch.randn(z0[j].shape, generator=gen)
+        zt, v = schedule.add_noise(z0[j], eps, t), schedule.v(z0[j], eps, t)
+        out = den(zt, schedule.time(t), ctx).sample
+        _descend(opt, (out - v).pow(2).mean(), params); ema.step(params)
+    ema.copy_to(params)
+    return teacher.requires_grad_(False).eval()
+
 def train_teacher(vae:AutoencoderKL, # frozen, without latent statistics
                   clips:int=15360,   # training clips
                   cycles:tuple=(3200, 2400), # optimiser steps of each learning-rate cycle
@@ -232,24 +258,9 @@ def train_teacher(vae:AutoencoderKL, # frozen, without latent statistics
     mean, std = z0.mean((0, 2, 3, 4)), z0.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     z0 = (z0 - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
-    den, text, tok = TinyVideoDenoiser(), tiny_text_encoder(), tiny_tokenizer()
-    teacher = Teacher("tiny", den, vae, text, tok, tiny_scheduler(), 8, 8)
-    params = list(den.requires_grad_(True).parameters())
-    opt = torch.optim.AdamW(params, betas=(.9, .99), weight_decay=0)
-    ema = EMAModel(params, decay=.9985, min_decay=.9985)
-    lrs = [rate(i, n) for n in cycles for i in range(n)]
-    for lr in tqdm(lrs, desc="teacher", leave=False):
-        for g in opt.param_groups: g["lr"] = lr
-        j = torch.randint(len(z0), (batch,), generator=gen)
-        ctx = teacher.encode_text(noisy_captions(attrs[j], gen))
-        t = mostly_high(batch, gen)
-        eps = torch.randn(z0[j].shape, generator=gen)
-        zt = teacher.schedule.add_noise(z0[j], eps, t)
-        v = teacher.schedule.v(z0[j], eps, t)
-        out = den(zt, t, ctx).sample
-        _descend(opt, (out - v).pow(2).mean(), params); ema.step(params)
-    ema.copy_to(params)
-    return teacher.requires_grad_(False).eval()
+    teacher = Teacher("tiny", TinyVideoDenoiser(), vae, tiny_text_encoder(), tiny_tokenizer(),
+                      tiny_scheduler(), 8, 8)
+    return train_denoiser(teacher, z0, attrs, cycles, batch, gen)
 
 # %% ../nbs/41_pretrain.ipynb #c4a4bfc2
 def mostly_high(b:int,               # how many
@@ -267,6 +278,28 @@ def noisy_captions(attrs:Tensor,        # `(b 3)`
     attrs = torch.where(wrong[:, None], sample_attrs(b, "train", gen), attrs)
     drop = torch.rand(b, generator=gen) < .12
     return ["" if d else caption(*a) for a, d in zip(attrs.tolist(), drop)]
+
+# %% ../nbs/41_pretrain.ipynb #ae0a3612
+def tiny_flow(teacher:Teacher, # gives VAE, text encoder and tokenizer
+             )->FlowTeacher:   # with a random denoiser
+    "A Wan-shaped flow teacher of the tiny world, untrained"
+    net = WanTransformer3DModel(
+        num_attention_heads=5, attention_head_dim=32, in_channels=4 + 8 + 4 + 4, out_channels=4,
+        text_dim=64, freq_dim=128, ffn_dim=480, num_layers=6, rope_max_seq_len=64)
+    return FlowTeacher("tiny-flow", guided_wan(net), teacher.vae, teacher.text_encoder,
+                       teacher.tokenizer, flow_scheduler(5.), 8, 8)
+
+def train_flow(teacher:Teacher,   # the tiny teacher, for its VAE and words
+               clips:int=15360,   # training clips
+               cycles:tuple=(2500,), # optimiser steps of each learning-rate cycle
+               batch:int=32,      # clips a step
+               seed:int=0,        # of everything
+              )->FlowTeacher:
+    "The tiny flow teacher, trained on clips as the web has them"
+    torch.manual_seed(seed); gen = make_gen(seed + 1)
+    z0, attrs = latents(teacher.vae, clips, gen)
+    mean, std = (v.view(1, -1, 1, 1, 1) for v in (teacher.latent_mean, teacher.latent_std))
+    return train_denoiser(tiny_flow(teacher), (z0 - mean) / std, attrs, cycles, batch, gen)
 
 # %% ../nbs/41_pretrain.ipynb #e2a12b2f
 def pretrain(out:Path,         # folder for the weights, laid out as in the package
@@ -293,6 +326,9 @@ def pretrain(out:Path,         # folder for the weights, laid out as in the pack
         "tiny-video", pool(20), n(10000), 20, image).state_dict())
     if not (out / "tiny" / "teacher.json").is_file():
         save_teacher(train_teacher(vae, n(15360), (n(3200), n(2400))), out / "tiny")
+    if not (out / "tiny-flow" / "teacher.json").is_file():
+        flow = train_flow(load_teacher(out / "tiny"), n(15360), (n(2500),))
+        save_wan(flow, out / "tiny-flow", half=True)
 
 def judged_clips_in_parts(vae:AutoencoderKL,   # frozen
                           n:int,               # clips

@@ -6,7 +6,7 @@
 __all__ = ['write_shards', 'tar_members', 'samples', 'caption_of', 'Part', 'read_index', 'shard_index', 'expand', 'find_shards',
            'grouped_order', 'Shards', 'Table', 'Prompts', 'open_source', 'Prefetch']
 
-# %% ../nbs/07_streams.ipynb #9b950661
+# %% ../nbs/07_streams.ipynb #8fe4eab7
 import hashlib
 import inspect
 import io
@@ -36,7 +36,7 @@ from .data import (FILE, ROWS, TEXT, VIDEO, BadClip, ClipFolder, Clips, Dealt,
                             read_clip, read_table, read_text, reasons)
 from .world import World, step_gen
 
-# %% ../nbs/07_streams.ipynb #a24a2ca0
+# %% ../nbs/07_streams.ipynb #2b4a4eb0
 def _add(tar, name, data):
     info = tarfile.TarInfo(name)
     info.size = len(data)
@@ -80,7 +80,7 @@ def write_shards(clips, # folder of videos, or pairs (clip (c t h w) or path, ca
         f"{out} cannot be written ({e.strerror}, {e.filename}): nothing is left of it.") from e
     return sorted(out.glob("*.tar"))
 
-# %% ../nbs/07_streams.ipynb #bf54345a
+# %% ../nbs/07_streams.ipynb #3bf91ab9
 def tar_members(path, # a tar file
                )->tuple[list, str]: # triples (name, offset, size); what is wrong with the tar
     "Where the whole members of a tar are"
@@ -101,7 +101,7 @@ def tar_members(path, # a tar file
     if not fault and after.strip(b"\0"): fault = f"is damaged at byte {end}; what follows is lost"
     return found, fault
 
-# %% ../nbs/07_streams.ipynb #e424f118
+# %% ../nbs/07_streams.ipynb #a2621dc8
 def samples(members:list, # triples (name, offset, size)
            )->dict: # stem -> {ending: (offset, size)}
     "The members of a tar by their stems; only those that have a video or a caption"
@@ -124,7 +124,7 @@ def caption_of(data:bytes, # what stands in the file
     except ValueError: return ""
     return column(row, TEXT) if isinstance(row, dict) else ""
 
-# %% ../nbs/07_streams.ipynb #d717d15a
+# %% ../nbs/07_streams.ipynb #b971d0ec
 class Part:
     "A stretch of an open file, as a file of its own"
     def __init__(self,
@@ -150,7 +150,7 @@ class Part:
 
     def tell(self): return self.at
 
-# %% ../nbs/07_streams.ipynb #c8737ac0
+# %% ../nbs/07_streams.ipynb #2cdda2a7
 def _sample(f, stem, parts, check):
     "A row of the index: name, places of video and caption, whether JSON, seconds"
     video = next((e for e in VIDEO if e in parts), None)
@@ -173,7 +173,7 @@ def read_index(path, # a tar file
             except BadClip as e: skipped.append((stem, str(e)))
     return dict(clips=clips, skipped=skipped, fault=fault)
 
-# %% ../nbs/07_streams.ipynb #2916145f
+# %% ../nbs/07_streams.ipynb #41494568
 def _index_file(path, cache, check):
     ending = ".json" if check else ".unchecked.json"
     if cache is None: return path.parent/".t2v_index"/f"{path.name}{ending}"
@@ -199,7 +199,7 @@ def shard_index(path, # a tar file
             f"The cache folder {cache} cannot be written ({e.strerror}): give another.") from e
     return index
 
-# %% ../nbs/07_streams.ipynb #b5330e56
+# %% ../nbs/07_streams.ipynb #c0e0e781
 def expand(pattern:str, # may hold {000..007} and {a,b}
           )->list[str]:
     "What a pattern with braces stands for"
@@ -235,7 +235,7 @@ def find_shards(data, # folder of tars, a pattern like a/{000..007}.tar or a/*.t
     if twice: raise UserError(f"{twice[0]} is named twice: name each shard once.")
     return out
 
-# %% ../nbs/07_streams.ipynb #4304847e
+# %% ../nbs/07_streams.ipynb #53935df4
 @lru_cache(maxsize=4)
 def grouped_order(sizes:tuple[int, ...], # clips in each shard
                   mix:int, # shards in a group
@@ -250,7 +250,7 @@ def grouped_order(sizes:tuple[int, ...], # clips in each shard
         out.append(clips[torch.randperm(len(clips), generator=gen)])
     return torch.cat(out)
 
-# %% ../nbs/07_streams.ipynb #3fcf8d14
+# %% ../nbs/07_streams.ipynb #93b1259a
 class Shards(Clips):
     "A source of captioned clips from tar files, deterministic in (seed, step)"
     def __init__(self,
@@ -288,7 +288,7 @@ class Shards(Clips):
         if not self.mix: return super().order(epoch)
         return grouped_order(self.sizes, self.mix, self.seed, epoch)
 
-# %% ../nbs/07_streams.ipynb #f6afb2f9
+# %% ../nbs/07_streams.ipynb #f5f11b46
 @patch
 def _look(self:Shards, path, cache, check):
     "Of one shard: names, places, size and time, what is skipped, what is wrong with it"
@@ -318,7 +318,7 @@ def _open(self:Shards, s):
             f"{path} has changed since this run began: start anew with the new file.")
         yield f
 
-# %% ../nbs/07_streams.ipynb #7eb1d908
+# %% ../nbs/07_streams.ipynb #d8e2d661
 @patch
 def load(self:Shards, i, gen):
     s, (at, size, *text, is_json) = bisect(self._ends, i), self.spots[i].tolist()
@@ -345,7 +345,7 @@ def fingerprint(self:Shards)->str: # tells one set of data from another
     h.update(np.ascontiguousarray(self.spots).tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/07_streams.ipynb #cc311de9
+# %% ../nbs/07_streams.ipynb #525f64ab
 class Table(ClipFolder):
     "A source of captioned clips from a table of paths, deterministic in (seed, step)"
     def __init__(self,
@@ -362,7 +362,7 @@ class Table(ClipFolder):
         self.find = partial(read_table, look=missing == "stop")
         super().__init__(path, frames, size, fps, seed, check)
 
-# %% ../nbs/07_streams.ipynb #e60e0228
+# %% ../nbs/07_streams.ipynb #40b16db8
 def _prompts(path):
     "Pairs (line, prompt)"
     if isinstance(path, (list, tuple)): return enumerate(path, 1)
@@ -398,7 +398,7 @@ class Prompts(Dealt):
         "A hash of the prompts"
         return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16]
 
-# %% ../nbs/07_streams.ipynb #2037fa7c
+# %% ../nbs/07_streams.ipynb #5efbe448
 def _folder(path):
     "The source that reads a folder"
     has = lambda endings: any(p.suffix.lower() in endings for p in path.rglob("*"))
@@ -439,7 +439,7 @@ def open_source(data, # "" for the tiny world; folder, tars, table or text file
     if kind is Prompts: return Prompts(data, seed, **options)
     return kind(data, frames, tuple(size), fps, seed, **options)
 
-# %% ../nbs/07_streams.ipynb #99ee5380
+# %% ../nbs/07_streams.ipynb #c275799a
 class Prefetch:
     "The batches of a source from some step on, read ahead by threads"
     def __init__(self,
@@ -472,7 +472,7 @@ class Prefetch:
         self._jobs.clear()
         self._pool.shutdown(cancel_futures=True)
 
-# %% ../nbs/07_streams.ipynb #0bdcee4f
+# %% ../nbs/07_streams.ipynb #a68673b5
 @patch
 def __next__(self:Prefetch): # step, clips (b 3 t h w) or None, b captions
     "The next batch; the threads begin another one"

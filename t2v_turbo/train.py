@@ -69,20 +69,23 @@ class Config:
     track:str = "tensorboard"  # tensorboard, wandb or trackio; empty: only log.jsonl
     objective:Objective = field(default_factory=Objective) # what is minimised
 
-    def __post_init__(self):
-        for n in ("steps", "batch", "accumulate", "rank", "workers", "save_every", "max_skipped"):
-            if getattr(self, n) < 1: raise UserError(f"{n} is {getattr(self, n)}: give 1 or more")
-        if self.lr <= 0: raise UserError(f"lr is {self.lr}: give a positive learning rate")
-        if not 0 <= self.ema < 1: raise UserError(f"ema is {self.ema}: give a decay in [0, 1)")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise UserError(f"dtype {self.dtype!r}: give float32, bfloat16 or float16")
-        if self.optimizer not in OPTIMIZERS:
-            raise UserError(f"optimizer {self.optimizer!r}: give one of {', '.join(OPTIMIZERS)}")
-        if self.track not in ("", "tensorboard", "wandb", "trackio"):
-            raise UserError(f"track {self.track!r}: give tensorboard, wandb, trackio or nothing")
-        if self.track and find_spec(self.track) is None:
-            raise UserError(f"track {self.track}: that package is not here; pip install "
-                            f"{self.track}, or give nothing")
+    def __post_init__(self): _check_config(self)
+
+# %% ../nbs/33_train.ipynb #27b3da63
+def _check_config(c):
+    "Refuse settings that cannot be meant"
+    for n in ("steps", "batch", "accumulate", "rank", "workers", "save_every", "max_skipped"):
+        if getattr(c, n) < 1: raise UserError(f"{n} is {getattr(c, n)}: give 1 or more")
+    if c.lr <= 0: raise UserError(f"lr is {c.lr}: give a positive learning rate")
+    if not 0 <= c.ema < 1: raise UserError(f"ema is {c.ema}: give a decay in [0, 1)")
+    for n, known in (("dtype", ("float32", "bfloat16", "float16")), ("optimizer", OPTIMIZERS),
+                     ("track", ("tensorboard", "wandb", "trackio", ""))):
+        if getattr(c, n) not in known:
+            told = ", ".join(k or "nothing" for k in known)
+            raise UserError(f"{n} {getattr(c, n)!r}: give one of {told}")
+    if c.track and find_spec(c.track) is None:
+        raise UserError(f"track {c.track}: that package is not here; pip install {c.track}, or "
+                        "give nothing")
 
 # %% ../nbs/33_train.ipynb #f4322f9e
 class Trainer:
@@ -127,12 +130,13 @@ def _source(self:Trainer, teacher):
     "Where clips, latents or the teacher's answers come from, and captions"
     cfg, (_, frames, *size) = self.cfg, teacher.video_shape
     if cfg.data and (Path(cfg.data) / "cache.json").is_file():
-        cache = open_cache(cfg.data, teacher)
+        cache = open_cache(cfg.data, teacher, reorder=cfg.seed)
         if cache.kind == "pairs": cache.check(k=cfg.objective.k)
         if cache.kind != "text": return cache
         raise UserError(f"{cfg.data!r} is a cache of texts: give it as --texts, and give clips or "
                         "another cache as --data")
-    source = open_source(cfg.data, frames, tuple(size), teacher.fps, cfg.seed)
+    with self.accelerator.main_process_first():       # tars are indexed once, not by everybody
+        source = open_source(cfg.data, frames, tuple(size), teacher.fps, cfg.seed)
     if source.kind == "clips": return source
     raise UserError(f"{cfg.data!r} holds prompts without clips: build latents of them with "
                     "`t2v-turbo cache samples`, and give that folder as --data")
@@ -239,7 +243,8 @@ def state(self:Trainer)->dict:
     opt = get_optimizer_state_dict(self.accelerator.unwrap_model(self.model), self.opt.optimizer,
                                    options=options) if self.opt.optimizer.state else None
     return dict(step=self.step, skipped=self.skipped, in_a_row=self.in_a_row, optimizer=opt,
-                config=asdict(self.cfg), fingerprints=self.student.fingerprints,
+                config=asdict(self.cfg), data=self.source.fingerprint(),
+                fingerprints=self.student.fingerprints,
                 params={n: _whole(p) for n, p in self.student.trainable().items()},
                 ema=None if self.ema is None else self.ema.state_dict())
 
@@ -265,6 +270,9 @@ def check(self:Trainer, state:dict):
     if not same_teacher(his_teacher, my_teacher):
         raise UserError(f"{path!r} was made with another teacher (fingerprints {his_teacher}, but "
                         f"this one has {my_teacher})")
+    if state["data"] != self.source.fingerprint():
+        raise UserError(f"{path!r} was made with other data: the clips of {self.cfg.data!r} have "
+                        "changed")
     differ = [k for k in mine if k not in FREE and mine[k] != his.get(k)]
     if differ: raise UserError(f"{path!r} was made with other settings ({', '.join(differ)})")
 

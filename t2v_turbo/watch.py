@@ -39,7 +39,7 @@ class WatchOptions:
     held_out:str = ""        # name[@file] of a reward outside the loss; empty: the judges
     reference:str = ""       # folder of a plain-CD student; empty: the tiny world's
     on_hacking:str = "warn"  # off, warn or stop when it falls while the trained rewards rise
-    patience:int = 3         # looks in a row that must say so
+    patience:int = 4         # looks in a row that must say so
 
     def __post_init__(self):
         if self.student_w < 0: raise UserError(f"student_w is {self.student_w}: give 0 or more")
@@ -141,8 +141,8 @@ def look(self:Watcher)->dict: # a row, ready for JSON; `each` holds the scores o
 
 # %% ../nbs/45_watch.ipynb #54be246d
 def hacked(rows:list,      # looks in order, from `Watcher.look`
-           patience:int=3, # looks in a row that must say so
-           p:float=.01,    # level of each paired t-test
+           patience:int=4, # looks in a row that must say so
+           p:float=.05,    # level of each paired t-test
           )->int:          # step of the best look of the held-out reward, or None
     "Whether a held-out reward has fallen from its best while the trained rewards rose"
     rows = [r for r in rows if {"trained", "held_out"} <= r.get("each", {}).keys()]
@@ -175,7 +175,8 @@ class _Looks:
         images = strips.permute(0, 2, 3, 1).numpy()
         for t in self.trainer.accelerator.trackers:
             more = dict(dataformats="NHWC") if t.name == "tensorboard" else {}
-            if hasattr(t, "log_images"): t.log_images({"samples": images}, self.trainer.step, **more)
+            if hasattr(t, "log_images"):
+                t.log_images({"samples": images}, self.trainer.step, **more)
 
     def note(self):
         "Look, write, and say once if it is hacked; returns the step of the best look then"
@@ -205,8 +206,8 @@ def watch(trainer:Trainer, # perhaps resumed
         best = acc.reduce(flag.to(acc.device) if acc.is_main_process else 0*flag.to(acc.device))
         return None if best < 0 else int(best)
     if every and (best := stop()) is not None: return best
-    bar = tqdm(total=cfg.steps, initial=trainer.step, desc="distil", disable=not acc.is_main_process)
-    with bar:
+    with tqdm(total=cfg.steps, initial=trainer.step, desc="distil",
+              disable=not acc.is_main_process) as bar:
         for row in trainer.fit():
             bar.update()
             terms = {k: f"{row[k]:.3f}" for k in ("loss", "cd", "j_img", "j_vid")}

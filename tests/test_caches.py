@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
@@ -14,9 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from t2v_turbo import caches
-from t2v_turbo.caches import (Pair, Pairs, Samples, ask, build_cache, cache_bytes, data_id, dice, from_v, key_of,
+from t2v_turbo.caches import (Pair, Pairs, ask, build_cache, cache_bytes, data_id, dice, from_v, key_of,
                               make_batch, open_cache, read_about, shard_path, teacher_id, to_v)
-from t2v_turbo.consistency import cd_loss
 from t2v_turbo.core import UserError, make_gen, write_video
 from t2v_turbo.data import ClipFolder
 from t2v_turbo.distill import Distillation, Objective, draw
@@ -105,16 +105,6 @@ def calls(n, then):
 def files(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.name[0] != '.'}
 
 
-class FromPairs(Distillation):
-    "The step of training with the teacher's part read from a cache"
-    def forward(self, pair, ctx, prompts, d):
-        t, t_prev = self.ddim.t(pair.index), self.ddim.t_prev(pair.index)
-        with torch.no_grad(): target = self.student(pair.step(self.ddim, d.w), t_prev, ctx, d.w)
-        x0 = self.student(pair.zt, t, ctx, d.w)
-        j_img, j_vid, *_ = self.rewards(x0, prompts, d)
-        return cd_loss(x0, target, self.cfg.huber_c) - j_img - j_vid
-
-
 # --- the numbers ---------------------------------------------------------------------------------
 
 def test_dice_are_those_of_training():
@@ -137,17 +127,19 @@ def test_training_from_the_cache_is_training(whole, tmp_path):
     pairs = open_cache(whole, T, k=cfg.k, seed=3, data=World()) # an adapted teacher is the same teacher
     with student.as_teacher() as adapters_off:
         texts = open_cache(build_cache('text', adapters_off, prompts, tmp_path/'t', dtype='float32', **SMALL), T)
+    train, (pair, told) = Distillation(student, cfg, *rewards), pairs.batch(step, 2)
+    assert told == prompts and torch.equal(pair.index, d.index)
     got = []
-    for cached in (False, True):
-        if cached:
-            pair, told = pairs.batch(step, 2)
-            assert told == prompts and torch.equal(pair.index, d.index)
-            loss = FromPairs(student, cfg, *rewards)(pair, texts(prompts), prompts, d).mean()
-        else: loss = Distillation(student, cfg, *rewards)(T.encode(clips), T.encode_text(prompts), T.encode_text(['']*2),
-                                                          prompts, d).loss.mean()
-        got.append((loss, torch.autograd.grad(loss, list(student.trainable().values()))))
+    for out in (train(T.encode(clips), T.encode_text(prompts), T.encode_text(['']*2), prompts, d),
+                train(None, texts(prompts), None, prompts, d, pair=pair)):
+        got.append((out.loss, torch.autograd.grad(out.loss.mean(), list(student.trainable().values()))))
     torch.testing.assert_close(got[1], got[0], rtol=1e-4, atol=1e-5)
     assert all(g.abs().max() > 0 for g in got[0][1])
+    later = draw(cfg, (2, *T.latent_shape), make_gen(1))  # the pair at another step, as on a second visit
+    assert not torch.equal(later.index, pair.index)
+    with torch.no_grad(): a, b = (train(None, texts(prompts), None, prompts, d, pair=pair).cd
+                                  for d in (later, replace(later, index=pair.index)))
+    torch.testing.assert_close(a, b)                      # its timesteps are the pair's, not the step's
 
 
 @pytest.mark.parametrize('kind', ['tiny', 'modelscope', 'videocrafter2', 'wan'])

@@ -636,6 +636,21 @@ def test_threads_work_side_by_side_and_order_stays():
     with Prefetch(Slow(wait), 1, stop=4) as p: assert [step for step, *_ in p] == [0, 1, 2, 3]
 
 
+def test_the_decoder_lets_other_threads_run(real):
+    "Nobody is made to give up Python's lock here, so another thread gets a turn only where the reader lets go of it"
+    def turns_while(f):
+        turns, over, old = [], threading.Event(), sys.getswitchinterval()
+        def other():
+            while not over.is_set(): turns.append(time.perf_counter()); time.sleep(.001)
+        t = threading.Thread(target=other)
+        sys.setswitchinterval(1000)
+        try: t.start(); begin = time.perf_counter(); f(); end = time.perf_counter()
+        finally: sys.setswitchinterval(old); over.set(); t.join()
+        return sum(begin < x < end for x in turns)
+    assert turns_while(lambda: sum(i * i for i in range(300_000))) == 0
+    assert turns_while(lambda: read_clip(real["bikes"], 16, (64, 64), 8, make_gen(3))) > 10
+
+
 def test_errors_come_out_as_sentences(shards):
     got = Shards(shards, **SMALL)
     with Prefetch(got, 7) as p:

@@ -95,4 +95,4 @@ def test_samples_reach_the_tracker(tmp_path):
     watch(t, WatchOptions(eval_every=1))
     log = EventAccumulator(str(tmp_path / "o" / "tracking" / "run")).Reload()
     assert [e.step for e in log.Scalars("loss")] == [1, 2] and {"grad_norm", "memory_gb", "cd"} <= set(log.Tags()["scalars"])
-    assert [e.step for e in log.Images("samples/0")] == [1, 2] or [e.step for e in log.Images("samples")] == [1, 2]
+    assert [e.step for e in log.Images("samples")] == [1, 2]

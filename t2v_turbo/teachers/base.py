@@ -151,7 +151,7 @@ def fingerprint(self:Teacher,
 
 @patch
 def fingerprints(self:Teacher)->dict: # name of a dtype: fingerprint
-    "One for each precision in which this teacher can be recognised: its own, and those below float32"
+    "One for each precision in which this teacher can be recognised: its own, and lower ones"
     own, less = self.denoiser.dtype, (torch.bfloat16, torch.float16)
     kinds = (own,) if own in less else (torch.float32, *less)
     return {str(d).removeprefix("torch."): Teacher.fingerprint(self, d) for d in kinds}

@@ -34,6 +34,7 @@ _FLOPS = {**flop_registry,                            # PyTorch's own, and what 
           _flash_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
               g.shape, q.shape, k.shape, v.shape)}
 
+# %% ../../nbs/16_memory.ipynb #c1d28205
 class Meter(TorchDispatchMode):
     "Counts the bytes of all tensors that are made on one kind of device and live, and operations"
     def __init__(self,
@@ -125,7 +126,7 @@ def save_memory(teacher:Teacher,     # changed in place, also below a student
                 decode:int=1,        # frames decoded at once, each piece again in backward; 0: all
                )->Teacher:           # the same teacher
     "Keep little for backward: the same outputs and the same gradients, for one more forward"
-    if decode < 0: raise UserError(f"decode is {decode}: give 1 or more frames at once, or 0 for all")
+    if decode < 0: raise UserError(f"decode is {decode}: give 1 or more frames, or 0 for all")
     net, vae = teacher.denoiser, teacher.vae
     if net._supports_gradient_checkpointing:
         net.enable_gradient_checkpointing() if denoiser else net.disable_gradient_checkpointing()

@@ -28,7 +28,8 @@ from transformers import (AutoTokenizer, CLIPTextModel, T5Tokenizer, UMT5Config,
 from ..consistency import few_step_grid, w_embedding
 from ..core import UserError, atomic, expand_to, write_json
 from ..schedule import Schedule
-from .base import Teacher, check_size, check_whole, load_part, save_parts, tokenize
+from .base import (Teacher, check_size, check_whole, load_part,
+                                     save_parts, tokenize)
 
 # %% ../../nbs/14_wan.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -317,6 +318,7 @@ def _check_fit(teacher, folder):
         raise UserError(f"{str(folder)!r} holds a transformer of {net.in_channels} channels for "
                         f"latents of {latents.shape[1]}: give Wan 2.1 T2V, not I2V")
 
+# %% ../../nbs/14_wan.ipynb #61765908
 def load_wan(folder:Path,      # Wan 2.1 in diffusers' layout, or from `save_wan`
              frames:int=None,  # frames of a clip; the teacher's own by default, as below
              size:tuple=None,  # height and width
