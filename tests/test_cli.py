@@ -65,7 +65,8 @@ def test_folder_in_use(capsys, tmp_path):
 
 
 def test_truncated_checkpoint(capsys, tmp_path):
-    bad = tmp_path / "o" / "checkpoint.pt"; bad.parent.mkdir(); bad.write_bytes(b"PK\x03\x04" + b"0" * 100)
+    bad = tmp_path / "o" / "checkpoints" / "step-00000001.pt"; bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"PK\x03\x04" + b"0" * 100)
     assert "is truncated" in refused(capsys, "distill", "--out", tmp_path / "o")
     assert bad.read_bytes() == b"PK\x03\x04" + b"0" * 100
 
