@@ -1,7 +1,7 @@
 """What a reward of one's own does to the student: "less flicker", alone and mixed with the tiny video reward.
 
     python bench/add_a_reward.py runs/steady              # five variants, two seeds; goes on where it was
-    python bench/add_a_reward.py runs/steady --seeds 1 --steps 100
+    python bench/add_a_reward.py runs/steady --seeds 1 --variants turbo "turbo + steady"
 
 Writes OUT/rows.json, means over the held-out clips of each variant, seed and motion, and OUT/clips.safetensors, one caption of
 every variant. The notebook nbs/tutorials/add_a_reward.ipynb draws them.
@@ -69,10 +69,11 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("out", type=Path)
     p.add_argument("--seeds", type=int, default=2); p.add_argument("--steps", type=int, default=Config.steps)
+    p.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     a = p.parse_args()
     rows, clips = [], {}
     for seed in range(a.seeds):
-        for variant in VARIANTS:
+        for variant in a.variants:
             student = load_student(train(a.out, variant, seed, a.steps))
             rows += [dict(variant=variant, seed=seed, **r) for r in look(student)]
             if seed == 0:
@@ -80,7 +81,7 @@ def main():
                 clips[variant] = (x * 255).round().byte().contiguous()
             write_json(a.out / "rows.json", rows)
             save_file(clips, a.out / "clips.safetensors")
-    for variant in VARIANTS:
+    for variant in a.variants:
         mine = [r for r in rows if r["variant"] == variant]
         n = sum(r["clips"] for r in mine)
         print(variant, {k: round(sum(r[k] * r["clips"] for r in mine) / n, 3) for k in mine[0] if isinstance(mine[0][k], float)})

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -12,11 +13,23 @@ import torch
 
 from t2v_turbo.checkpoints import Checkpoints, claim
 from t2v_turbo.cli import main
-from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
+from t2v_turbo.teachers.tiny import load_teacher, save_teacher
+from t2v_turbo.train import Config, Objective, Trainer
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 SMALL = ["--steps", "4", "--batch", "2", "--rank", "2", "--save_every", "1", "--eval_every", "0", "--repeats", "1",
          "--beta_img", "0", "--beta_vid", "0", "--lr", "2e-4", "--track", ""]
+
+
+def go_on(out):
+    "Train to the end with the settings of `SMALL`; the step that it resumed at"
+    t = Trainer(Config(out=str(out), steps=4, batch=2, rank=2, save_every=1, lr=2e-4, track="",
+                       objective=Objective(beta_img=0., beta_vid=0.)))
+    with claim(out):
+        t.resume(); at = t.step
+        for _ in t.fit(): pass
+    assert t.step == 4
+    return at
 
 
 def refused(capsys, *argv, code=2):
@@ -56,7 +69,7 @@ def test_full_disk(tmp_path):
     store = Checkpoints(tmp_path / "o")
     assert store.steps() == [1, 2] and store.newest()[1]["step"] == 2
     assert not [*(tmp_path / "o").glob("**/.tmp-*")]
-    assert main(["distill", "--out", str(tmp_path / "o"), *SMALL]) == 0        # there is room again
+    assert go_on(tmp_path / "o") == 2                                          # there is room again
 
 
 def test_full_disk_while_logging(tmp_path):
@@ -74,12 +87,11 @@ def test_full_disk_while_logging(tmp_path):
 def done(tmp_path_factory):
     "A finished run of four steps"
     out = tmp_path_factory.mktemp("runs") / "done"
-    assert main(["distill", "--out", str(out), *SMALL]) == 0
+    assert go_on(out) == 0
     return out
 
 
 def copy(done, tmp_path):
-    import shutil
     return Path(shutil.copytree(done, tmp_path / "o"))
 
 
@@ -88,8 +100,7 @@ def test_torn_checkpoint(done, tmp_path, capsys):
     assert store.steps() == [2, 3, 4]
     store.path(4).write_bytes(store.path(4).read_bytes()[:999])
     with pytest.warns(UserWarning, match="step-00000004.pt' cannot be read .*; went back to step 3"):
-        assert main(["distill", "--out", str(out), *SMALL]) == 0
-    assert "resumed at step 3 of 4" in capsys.readouterr().out
+        assert go_on(out) == 3
     for s in store.steps(): store.path(s).write_bytes(b"torn")
     before = sorted(p.name for p in out.iterdir())
     assert "no earlier one to use: choose another --out" in refused(capsys, "distill", "--out", out, *SMALL)
@@ -100,7 +111,7 @@ def test_checkpoint_of_another_teacher(done, tmp_path, capsys):
     out = copy(done, tmp_path); other = load_teacher("tiny")
     with torch.no_grad(): other.denoiser.proj_out.weight.mul_(2)
     save_teacher(other, tmp_path / "teacher")
-    store, kept = Checkpoints(out), {p.name: p.read_bytes() for p in (out / "checkpoints").iterdir()}
+    store = Checkpoints(out)
     for step in store.steps():                           # the same settings, but for the teacher's weights
         state = store.load(step); state["config"]["teacher"] = str(tmp_path / "teacher"); store.save(step, state)
     kept = {p.name: p.read_bytes() for p in (out / "checkpoints").iterdir()}
@@ -113,7 +124,7 @@ def test_foreign_checkpoint_is_passed_over(done, tmp_path):
     out = copy(done, tmp_path); store = Checkpoints(out)
     state = store.load(4); state["config"]["lr"] = 7.; store.save(4, state)
     with pytest.warns(UserWarning, match=r"other settings \(lr\); went back to step 3"):
-        assert main(["distill", "--out", str(out), *SMALL]) == 0
+        assert go_on(out) == 3
 
 
 NAN = """

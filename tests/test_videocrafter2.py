@@ -101,7 +101,7 @@ def test_checkpoint_to_pipeline(checkpoint, vocabulary, tmp_path, capsys):
                                     vocabulary=vocabulary)
     printed, bar = capsys.readouterr()
     for k in ("13 schedule buffers", "betas", "posterior_mean_coef2", "scale_arr"): assert k in printed
-    assert "convert: 100%" in bar and "M/12.8M" in bar and "text_encoder" in bar     # bytes, part by part
+    assert "convert: 100%" in bar and "/12.5M" in bar and "text_encoder" in bar     # bytes, part by part
     assert not list(out.parent.glob(".tmp*")) and not list(out.rglob("*.bin"))
     parts = split(state)
     for p, cls, convert in (("unet", UNet3DConditionModel, vc2.unet_from_vc2),

@@ -473,19 +473,20 @@ def _bytes_in(folder):
 
 @contextmanager
 def writing(folder:Path, # the files that are written while the body runs
-            total:int,   # bytes that will be there
+            total:int,   # about as many bytes as there will be
            ):
     "A progress bar of the bytes in a folder, whoever writes them"
     done = threading.Event()
     with tqdm(total=total, desc="convert", unit="B", unit_scale=True) as bar:
-        def show():
-            bar.n = min(total, _bytes_in(folder)); bar.refresh()
+        def show(n):
+            bar.n = min(total, n); bar.refresh()
         def watch():
-            while not done.wait(.2): show()
+            while not done.wait(.2): show(_bytes_in(folder))
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
         try: yield bar
-        finally: done.set(); thread.join(); show()
+        finally: done.set(); thread.join()
+        show(total)
 
 # %% ../../nbs/12_videocrafter2.ipynb #20e17480
 def convert_videocrafter2(checkpoint:Path,      # the published `model.ckpt`
