@@ -298,9 +298,9 @@ def predict(teacher:str="modelscope",  # of `teacher_on_meta`
 SWITCHES = (("everything in float32, kept", dict(dtype=torch.float32, denoiser=False, decode=0,
                                                   save_rewards=False)),
             ("frozen weights in bfloat16", dict(dtype=torch.bfloat16)),
-            ("denoiser run again in backward", dict(denoiser=True)),
             ("frames decoded one by one", dict(decode=1)),
             ("rewards run again in backward", dict(save_rewards=True)),
+            ("denoiser run again in backward", dict(denoiser=True)),
             ("latents and contexts cached", dict(cached=True)),
             ("8-bit optimiser", dict(optimizer="adamw8bit")))
 

@@ -150,7 +150,8 @@ def _model(self:Trainer, image_reward, video_reward):
     names = cfg.reward.split(",") if cfg.reward else tiny
     kinds = {n: options_of(n) for n in (parse_reward(t)[0] for t in names)}
     own = {n: dict(dtype=getattr(torch, cfg.dtype)) for n, k in kinds.items() if "dtype" in k}
-    for n in [n for n, k in kinds.items() if cfg.save_memory and "chunk" in k]: own[n]["chunk"] = 1
+    for n, k in kinds.items() if cfg.save_memory else ():     # images one by one, layers again
+        own[n] = own.get(n, {}) | {s: 1 for s in ("chunk", "save_memory") if s in k}
     named = rewards_from(names, own, cfg.vocabulary or None)
     return Distillation(self.student, o, image_reward or named["image"],
                         video_reward or named["video"])
