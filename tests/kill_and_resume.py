@@ -23,7 +23,7 @@ from t2v_turbo.checkpoints import claim  # noqa: E402
 from t2v_turbo.train import Config, Objective, Trainer  # noqa: E402
 
 # no rewards: they have no state of their own; a checkpoint every step, so that many kills fall into one
-SETTINGS = dict(steps=100, batch=2, rank=2, save_every=1, keep=2, lr=2e-4, track="", ema=.9,
+SETTINGS = dict(steps=160, batch=2, rank=2, save_every=1, keep=2, lr=2e-4, track="", ema=.9,
                 objective=Objective(beta_img=0., beta_vid=0.))
 
 
@@ -76,7 +76,7 @@ def main(out, n, kills, seed):
     in_save, steps = 0, []
     for _ in range(kills):
         pids = start(out / "cut", n)
-        time.sleep(dice.uniform(0, .12) * whole)
+        time.sleep(dice.uniform(0, .07) * whole)
         for p in pids: os.kill(p, signal.SIGKILL)
         codes = wait(pids)
         assert -9 in codes, f"the run was over before the kill: {codes}"

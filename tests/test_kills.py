@@ -21,9 +21,9 @@ def test_twenty_kills(tmp_path, processes):
     a, b = (load_file(tmp_path / d / "student" / "adapter_model.safetensors") for d in ("whole", "cut"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     logs = [[json.loads(x) for x in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("whole", "cut")]
-    assert [r["step"] for r in logs[1]] == list(range(1, 101))
+    assert [r["step"] for r in logs[1]] == list(range(1, 161))
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
-    states = [torch.load(tmp_path / d / "checkpoints" / "step-00000100.pt", weights_only=True) for d in ("whole", "cut")]
+    states = [torch.load(tmp_path / d / "checkpoints" / "step-00000160.pt", weights_only=True) for d in ("whole", "cut")]
     for part in ("params", "ema", "optimizer"):
         assert str(states[0][part]) == str(states[1][part]), part
     assert not list(tmp_path.glob("cut/**/.tmp-*")) and not (tmp_path / "cut" / "run.lock").exists()
