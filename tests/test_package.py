@@ -11,7 +11,7 @@ from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher
 
 def test_weights_are_small_and_safe():
     files = [p for p in WEIGHTS.rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 15e6
+    assert sum(p.stat().st_size for p in files) < 18e6          # two teachers of 2.4 M parameters
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".md"}, files
     assert "t2v-turbo pretrain" in (WEIGHTS / "README.md").read_text()
 
