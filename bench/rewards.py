@@ -5,7 +5,8 @@
     python bench/rewards.py --small                      tiny networks, to try the script
 
 Each line is measured in a process of its own: on a CPU the peak is the process's largest resident size, on CUDA the
-allocator's. `extra` is the peak less what the frozen network and the clip hold before the step.
+allocator's. `extra` is the peak less what the frozen network and the clip hold before the step. `seconds` are the clock's
+on CUDA and the processor's (all threads together) on a CPU, so that other work on the machine does not count.
 """
 import argparse
 import csv
@@ -113,15 +114,15 @@ def one(o):
     size = (40, 64) if o.small else PIXELS
     x = torch.rand(1, 3, o.frames, *size, device=o.device).requires_grad_()
     rm.text_features(["warm"])                       # the text tower runs once a prompt, not once a step
-    steps = 2 if o.device == "cuda" else 1
+    steps, clock = (2, time.perf_counter) if o.device == "cuda" else (1, time.process_time)
     for _ in range(steps):
         if o.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        held, start = (torch.cuda.memory_allocated()/2**30 if o.device == "cuda" else now()), time.perf_counter()
+        held, start = (torch.cuda.memory_allocated()/2**30 if o.device == "cuda" else now()), clock()
         g, = torch.autograd.grad(rm(x, ["warm"]).sum(), x)
         if o.device == "cuda": torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
     assert g.isfinite().all() and g.abs().sum() > 0
     n, top = sum(p.numel() for p in rm.parameters()), peak(o.device)
     bytes_ = sum(p.numel()*p.element_size() for p in rm.parameters())

@@ -35,6 +35,8 @@ class WatchOptions:
     "How a student is watched while it trains"
     eval_every:int = 50      # steps between looks at the student; 0: none
     student_w:float = 2.     # guidance given to the student
+    student_steps:int = 4    # its sampling steps, 1..16
+    clips_each:int = 1       # clips of every caption
     prompts:str = ""         # text file, a caption a line; empty: held-out ones of the tiny world
     held_out:str = ""        # name[@file] of a reward outside the loss; empty: the judges
     reference:str = ""       # folder of a plain-CD student; empty: the tiny world's
@@ -44,6 +46,9 @@ class WatchOptions:
     def __post_init__(self):
         if self.student_w < 0: raise UserError(f"student_w is {self.student_w}: give 0 or more")
         if self.eval_every < 0: raise UserError(f"eval_every is {self.eval_every}: give 0 or more")
+        if not 1 <= self.student_steps <= 16:
+            raise UserError(f"student_steps is {self.student_steps}: give 1 to 16")
+        if self.clips_each < 1: raise UserError(f"clips_each is {self.clips_each}: give 1 or more")
         if self.patience < 1: raise UserError(f"patience is {self.patience}: give 1 or more")
         if self.on_hacking not in ("off", "warn", "stop"):
             raise UserError(f"on_hacking {self.on_hacking!r}: give off, warn or stop")
@@ -81,6 +86,7 @@ class Watcher:
             self.prompts = [p.strip() for p in lines if p.strip()]
             if not self.prompts: raise UserError(f"prompt file {o.prompts!r} is empty")
         if not self.prompts: return
+        self.prompts = self.prompts * o.clips_each
         self.rewards = self._trained(world) | self._held_out()
         folder = o.reference or (WEIGHTS / "tiny-cd" if world and cfg.teacher == "tiny" else "")
         self.reference = self.sample(load_student(folder)) if folder else None
@@ -89,8 +95,8 @@ class Watcher:
         "The same clips at every look, `(b 3 t h w)` on the CPU; few at a time, as in training"
         n, student = self._at_once, student.to(self.trainer.accelerator.device)
         parts = [self.prompts[i:i+n] for i in range(0, len(self.prompts), n)]
-        return torch.cat([sample_student(student, p, make_gen(1234 + i), 4, self.o.student_w).cpu()
-                          for i, p in enumerate(parts)])
+        return torch.cat([sample_student(student, p, make_gen(1234 + i), self.o.student_steps,
+                                         self.o.student_w).cpu() for i, p in enumerate(parts)])
 
     @property
     def _at_once(self):
@@ -163,7 +169,7 @@ def read_rows(path, # a file of JSON lines
     return [json.loads(l) for l in Path(path).read_text(encoding="utf-8").splitlines()]
 
 class _Looks:
-    "`looks.jsonl` of a run, and what the rule says of it; on the main process only"
+    "`looks.jsonl` of a run, and what the rule says of it"
     def __init__(self, trainer, o):
         self.trainer, self.o, self.path = trainer, o, Path(trainer.cfg.out) / "looks.jsonl"
         self.rows = [r for r in read_rows(self.path) if r["step"] <= trainer.step]
@@ -181,7 +187,9 @@ class _Looks:
     def note(self):
         "Look, write, and say once if it is hacked; returns the step of the best look then"
         if all(r["step"] != self.trainer.step for r in self.rows):
-            self.rows.append(self.watcher.look()); self._show()
+            self.rows.append(self.watcher.look())
+            if self.trainer.accelerator.is_main_process: self._show()
+        if not self.trainer.accelerator.is_main_process: return None     # it only took part
         text = "".join(json.dumps(r) + "\n" for r in self.rows)
         with atomic(self.path) as tmp: tmp.write_text(text)
         best = None if self.o.on_hacking == "off" else hacked(self.rows, self.o.patience)
@@ -199,7 +207,8 @@ def watch(trainer:Trainer, # perhaps resumed
     "Train with a progress bar, look at the student now and then, warn or stop when it is hacked"
     acc, cfg = trainer.accelerator, trainer.cfg
     every = o.eval_every if o.prompts or not cfg.data else 0
-    looks = _Looks(trainer, o) if every and acc.is_main_process else None
+    here = acc.is_main_process or trainer.sharded     # what is cut up is called by all, or by none
+    looks = _Looks(trainer, o) if every and here else None
     def stop():                                       # the same answer on every process
         best = looks.note() if looks else None
         flag = torch.tensor(-1 if best is None or o.on_hacking != "stop" else best)

@@ -1,0 +1,136 @@
+"A grid of students: every cell once, stopped and resumed, the same numbers in any company"
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2v_turbo.ablate import (AblateOptions, ablate, ablation_table, by_setting, cell_config, cell_name, cells, collect, frontier,
+                              read_table)
+from t2v_turbo.cli import main
+from t2v_turbo.core import UserError
+from t2v_turbo.train import Config
+from t2v_turbo.watch import WatchOptions
+
+NBS = Path(__file__).parents[1] / "nbs"
+LOOKS = WatchOptions(eval_every=0)
+
+
+def two(out, **more):
+    return Config(out=str(out), steps=2, batch=2, rank=2, track="", **more), AblateOptions(over="beta_img=0 beta_vid=0", seeds="0,1",
+                                                                                           jobs=1)
+
+
+def test_cells_are_all_combinations():
+    got = cells(AblateOptions(over="rank=4,8 shape=raw,log_sigmoid ema=0,.9", seeds="3,5"))
+    assert len(got) == 16 and len({cell_name(c) for c in got}) == 16
+    assert [c["seed"] for c in got] == [3]*8 + [5]*8
+    cfg = cell_config(Config(out="o"), got[5])
+    assert (cfg.rank, cfg.objective.shape, cfg.ema, cfg.seed) == (8, "raw", .9, 3)
+    assert Path(cfg.out).parent == Path("o/cells") and cfg.keep == 1
+
+
+@pytest.mark.parametrize("over, says", [("beta=1", "no setting 'beta'"), ("seed=1,2", "no setting 'seed'"), ("out=a", "no setting 'out'"),
+                                        ("k=a", "of type int"), ("k=5,5", "'k=5,5' has a value twice"), ("k=5 k=2", "names 'k' twice"),
+                                        ("k", "give k=value,value,..")])
+def test_bad_over(over, says):
+    with pytest.raises(UserError, match=says): cells(AblateOptions(over=over))
+
+
+def test_one_at_a_time():
+    o = AblateOptions(over="beta_vid=0,1", alone="ema=0,.5 image_frames=1,2", seeds="0,1")
+    got = [(c["beta_vid"], c["ema"], c["image_frames"]) for c in cells(o, Config(ema=.9))]
+    assert got == 2 * [(b, *x) for b in (0, 1) for x in ((.9, 2), (0, 2), (.5, 2), (.9, 1))]
+    with pytest.raises(UserError, match="k: give a setting in over or in alone"): cells(AblateOptions(over="k=5", alone="k=2"))
+
+
+def test_bad_grids_train_nothing(tmp_path, monkeypatch, capsys):
+    call = lambda *a: main(["ablate", "--out", str(tmp_path / "o"), "--steps", "2", *a])
+    for args, says in ((("--over", "k=7"), "k 7 does not divide 1000"), (("--over", "beta_img=-1"), "beta_img is -1.0: give 0 or more"),
+                       (("--sample_steps", "4,32"), "student_steps is 32"), (("--seeds", "a"), "seeds 'a': give whole numbers"),
+                       (("--jobs", "-1"), "jobs is -1"), (("--clips_each", "0"), "clips_each is 0")):
+        assert call(*args) == 2 and says in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call() == 2 and "without accelerate launch" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    (tmp_path / "f").touch()
+    assert main(["ablate", "--out", str(tmp_path / "f")]) == 2 and "cannot write to" in capsys.readouterr().err
+
+
+def test_resumed_cell_by_cell(tmp_path):
+    "A done cell is left alone, a lost one comes out the same, and two at a time change nothing"
+    cfg, o = two(tmp_path / "a")
+    rows = ablate(cfg, o, LOOKS)
+    assert [r["seed"] for r in rows] == [0, 1]
+    assert rows[0]["r_img"] != rows[1]["r_img"], "two seeds must differ"
+    cell = lambda s: tmp_path / "a" / "cells" / cell_name(dict(beta_img=0., beta_vid=0., seed=s))
+    assert (cell(0) / "student" / "adapter_model.safetensors").is_file() and not (cell(0) / "checkpoints").exists()
+    stamp = (cell(0) / "rows.json").stat().st_mtime_ns
+    shutil.rmtree(cell(1))
+    assert len(collect(tmp_path / "a")) == 1
+    assert ablate(cfg, replace(o, jobs=2), LOOKS) == rows
+    assert (cell(0) / "rows.json").stat().st_mtime_ns == stamp
+    assert read_table(tmp_path / "a" / "rows.csv") == rows
+    with pytest.raises(UserError, match=r"other settings \(steps\): choose another --out"): ablate(replace(cfg, steps=3), o, LOOKS)
+    with pytest.raises(UserError, match=r"other settings \(clips_each\)"): ablate(cfg, o, replace(LOOKS, clips_each=2))
+
+
+def test_a_cell_that_fails_is_named(tmp_path):
+    cfg, o = two(tmp_path / "a", max_skipped=1, lr=1e30, clip=1e30)
+    with pytest.raises(UserError, match="cell beta_img=0.0 beta_vid=0.0 seed=0: no finite loss"):
+        ablate(replace(cfg, steps=20), replace(o, seeds="0"), LOOKS)
+
+
+def test_stopped_and_gone_on_with(tmp_path):
+    "Ctrl-C in the middle of a cell: what is done stays, the cell goes on where it was"
+    call = [sys.executable, "-m", "t2v_turbo.cli", "ablate", "--out", str(tmp_path), "--over", "beta_img=0 beta_vid=0", "--seeds", "0",
+            "--jobs", "1", "--steps", "60", "--batch", "2", "--rank", "2", "--save_every", "5"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "cells" / "beta_img=0.0 beta_vid=0.0 seed=0" / "log.jsonl"
+    end = time.time() + 120
+    while not (log.is_file() and log.read_text().count("\n") > 10) and time.time() < end and run.poll() is None: time.sleep(.2)
+    os.killpg(run.pid, signal.SIGINT)                                # as a terminal does
+    _, err = run.communicate(timeout=120)
+    assert run.returncode == 130 and "goes on where it was" in err, err[-1500:]
+    done = json.loads(log.read_text().splitlines()[-1])["step"]
+    assert 10 <= done < 60 and not (log.parent / "run.lock").exists()
+    assert list((log.parent / "checkpoints").glob(f"step-{done:08d}.pt"))
+    run = subprocess.run(call, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and "rows.csv" in run.stdout, run.stderr[-1500:]
+    assert [json.loads(l)["step"] for l in log.read_text().splitlines()] == list(range(1, 61))
+
+
+def test_means_and_front():
+    rows = [dict(b=b, seed=s, train_steps=1, sample_steps=4, r=b + s) for b in (0., 1.) for s in (0, 1, 2)]
+    assert by_setting(rows, ("b",), "r") == {(0.,): (1., 1., 3), (1.,): (2., 1., 3)}
+    assert ablation_table([dict(b=r["b"], seed=r["seed"], sample_steps=4, train_steps=1, r=r["r"]) for r in rows]).splitlines()[-1] == \
+        "| 1 | 4 | 2.000 ± 1.000 |"
+    assert frontier(dict(a=(1, 1), b=(2, 2))) == ["b"]
+    assert frontier(dict(a=(1, 1), b=(1, 1))) == ["a", "b"]            # equals do not beat each other
+
+
+@pytest.mark.skipif(not (NBS / "ablation.csv").is_file(), reason="no committed ablation")
+def test_a_committed_cell_again(tmp_path):
+    "The cheapest cell of the committed grid, with the command that made it"
+    rows = read_table(NBS / "ablation.csv")
+    grid = sorted({(r["beta_img"], r["beta_vid"], r["seed"]) for r in rows})
+    assert len(grid) == 48 and len({g[2] for g in grid}) == 3
+    n = int(rows[0]["train_steps"])
+    assert main(["ablate", "--out", str(tmp_path), "--over", "beta_img=0 beta_vid=0", "--seeds", "0", "--jobs", "1", "--steps", str(n),
+                 "--ema", ".95"]) == 0
+    new, = read_table(tmp_path / "rows.csv")
+    old = next(r for r in rows if (r["beta_img"], r["beta_vid"], r["seed"]) == (0, 0, 0))
+    assert new.keys() == old.keys()
+    for k in ("shape", "colour", "motion", "clean"): assert abs(new[k] - old[k]) <= .05, k    # other CPUs round otherwise
+    for k in ("r_img", "r_vid", "held_out", "motion_amount", "saturation", "high_frequency", "distance"):
+        assert abs(new[k] - old[k]) <= .05 * abs(old[k]), (k, new[k], old[k])
