@@ -2,13 +2,14 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 here = Path(__file__).resolve().parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 lib = cfg["lib_name"]
+weights = here / lib / "weights"
 
 py_versions = "3.11 3.12 3.13 3.14".split()
 py_versions = py_versions[py_versions.index(cfg["min_python"]):]
@@ -34,10 +35,13 @@ setup(
                  f"Intended Audience :: {cfg['audience']}",
                  f"Natural Language :: {cfg['language']}"]
                 + [f"Programming Language :: Python :: {v}" for v in py_versions[:1]],
-    packages=find_packages(include=[lib, f"{lib}.*"]),
-    include_package_data=True,
-    package_data={lib: ["published/*.csv", *(f"weights/**/*.{s}" for s in
-                                             ("safetensors", "json", "md", "txt"))]},
+    # Folders of data count as packages: setuptools wants every folder that it installs named.
+    packages=find_namespace_packages(include=[lib, f"{lib}.*"], exclude=["*.__pycache__"]),
+    include_package_data=False,
+    package_data={lib: ["py.typed"], f"{lib}.published": ["*.csv"],
+                  **{f"{lib}.weights{sub}": ["*.safetensors", "*.json", "*.md"]
+                     for sub in ("", *("." + ".".join(p.relative_to(weights).parts)
+                                       for p in sorted(weights.rglob("*")) if p.is_dir()))}},
     install_requires=cfg["requirements"].split(),
     extras_require={k.removesuffix("_requirements"): v.split() for k, v in cfg.items()
                     if k.endswith("_requirements")},

@@ -23,6 +23,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, UMT5Config, UMT5EncoderModel
 
+from t2v_turbo.caches import Pair
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.plan import GB, TEACHERS, NoWords, cast, plan_of, reward_on_meta, teacher_on_meta
@@ -43,6 +44,8 @@ CONFIGS = [
     dict(kind="unet", width=64, frames=8, size=128, denoiser=False, decode=0, dtype="bfloat16"),
     dict(kind="wan", width=96, frames=29, size=96, denoiser=False, decode=0, batch=2),
     dict(kind="wan", width=96, frames=29, size=96, denoiser=True, decode=1, batch=2),
+    dict(kind="unet", width=64, frames=16, size=128, denoiser=False, decode=0, cached="latents"),
+    dict(kind="unet", width=64, frames=16, size=128, denoiser=True, decode=1, cached="pairs"),
 ]
 FULL = [dict(kind="full", teacher="modelscope", rewards=("hpsv2.1", "viclip-l14"), denoiser=True, decode=1, dtype="bfloat16"),
         dict(kind="full", teacher="videocrafter2", rewards=("hpsv2.1", "internvideo2"), denoiser=True, decode=1, dtype="bfloat16")]
@@ -111,13 +114,17 @@ def train(c, device, steps):
     model = build(c, device)
     teacher, params, b = model.student.teacher, list(model.student.trainable().values()), c.get("batch", 1)
     opt, prompts = make_optimizer("adamw", params, 1e-4), [f"prompt {i}" for i in range(b)]
+    texts, cached = (teacher.encode_text(prompts), teacher.encode_text([""]*b)), c.get("cached", "")
+    if cached: teacher.text_encoder = torch.nn.Module()    # nobody asks it any more
     for i in range(steps):
         d = draw(model.cfg, (b, *teacher.latent_shape), make_gen(i)).to(device)
-        z0 = teacher.encode(torch.rand(b, *teacher.video_shape, device=device))
-        out = model(z0, teacher.encode_text(prompts), teacher.encode_text([""]*b), prompts, d)
+        z0 = torch.rand_like(d.noise) if cached else teacher.encode(torch.rand(b, *teacher.video_shape, device=device))
+        pair = Pair(z0, d.index, torch.rand_like(z0), torch.rand_like(z0)) if cached == "pairs" else None
+        ctx, null = texts if cached else (teacher.encode_text(prompts), teacher.encode_text([""]*b))
+        out = model(z0, ctx, null, prompts, d, pair=pair)
         out.loss.mean().backward()
         opt.step(); opt.zero_grad()
-        del out, z0
+        del out, z0, pair
 
 
 def resident(what):
@@ -146,7 +153,7 @@ def compare(c):
     pools = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_ARENA_MAX="1")
     run = subprocess.run([sys.executable, __file__, "--measure", json.dumps(c)], env=os.environ | pools, capture_output=True, text=True)
     if run.returncode: raise RuntimeError(run.stderr[-2000:])
-    return plan_of(build(c, "meta"), c.get("batch", 1)).total, int(run.stdout.split()[-1])
+    return plan_of(build(c, "meta"), c.get("batch", 1), cached=c.get("cached", "")).total, int(run.stdout.split()[-1])
 
 
 def main(argv=None):

@@ -67,6 +67,7 @@ def _values(text):
             raise UserError(f"{part!r} has a value twice: give each once")
     return values
 
+# %% ../nbs/46_ablate.ipynb #cb714665
 def cells(o:AblateOptions,     # what is varied
           cfg:Config=Config(), # what is not
          )->list: # one dict a cell: its settings and `seed`
@@ -91,8 +92,10 @@ def cell_config(cfg:Config, # what all cells share; `out` is the folder of the a
                )->Config:   # of this cell
     "The settings of one student"
     of = lambda cls: {k: v for k, v in cell.items() if _types().get(k, (None,))[0] is cls}
-    return replace(cfg, **of(Config), seed=cell["seed"], objective=replace(cfg.objective, **of(Objective)),
-                   out=str(Path(cfg.out) / "cells" / cell_name(cell)), keep=1, track="")
+    objective = replace(cfg.objective, **of(Objective))
+    out = str(Path(cfg.out) / "cells" / cell_name(cell))
+    return replace(cfg, **of(Config), seed=cell["seed"], objective=objective, out=out, keep=1,
+                   track="")
 
 # %% ../nbs/46_ablate.ipynb #540016e9
 def judge_cell(trainer:Trainer,  # trained
@@ -137,11 +140,12 @@ def _settle(cfg, o, looks):
                      and theirs.get(k) != ours.get(k))
         raise UserError(f"{str(path)!r} is of an ablation with other settings ({', '.join(odd)}): "
                         "choose another --out")
-    for cell in cells(o, cfg): cell_config(cfg, cell)             # refuses values that cannot be meant
+    for cell in cells(o, cfg): cell_config(cfg, cell)    # refuses values that cannot be meant
     try: write_json(path, mine)
     except OSError as e: raise UserError(f"cannot write to {cfg.out!r} ({e.strerror}): choose "
                                          "another --out") from None
 
+# %% ../nbs/46_ablate.ipynb #31279138
 def _devices(jobs):
     "Which GPU each worker gets, `None` for a CPU"
     n = torch.cuda.device_count()
@@ -171,6 +175,7 @@ def collect(out:Path, # folder of an ablation
         w = csv.DictWriter(f, list(rows[0])); w.writeheader(); w.writerows(rows)
     return rows
 
+# %% ../nbs/46_ablate.ipynb #301afc24
 def ablate(cfg:Config,         # what all cells share; `out` is the folder of the ablation
            o:AblateOptions=AblateOptions(), # what is varied
            looks:WatchOptions=WatchOptions(eval_every=0, clips_each=4), # how students are judged
@@ -189,7 +194,8 @@ def ablate(cfg:Config,         # what all cells share; `out` is the folder of th
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="cells"):
                 try: job.result()
-                except UserError as e: raise UserError(f"cell {cell_name(jobs[job])}: {e}") from None
+                except UserError as e:
+                    raise UserError(f"cell {cell_name(jobs[job])}: {e}") from None
                 collect(cfg.out)
         finally: pool.shutdown(cancel_futures=True)
     return collect(cfg.out)
@@ -201,7 +207,8 @@ def read_table(path, # `rows.csv`
     def number(v):
         try: return float(v)
         except ValueError: return v
-    if not Path(path).is_file(): raise UserError(f"no table {str(path)!r}: give an ablation's rows.csv")
+    if not Path(path).is_file():
+        raise UserError(f"no table {str(path)!r}: give an ablation's rows.csv")
     with open(path, newline="") as f:
         return [{k: number(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
@@ -215,6 +222,7 @@ def by_setting(rows:list,  # of one ablation
     return {k: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else float("nan"), len(v))
             for k, v in groups.items()}
 
+# %% ../nbs/46_ablate.ipynb #c3495719
 def ablation_table(rows:list, # of one ablation
                   )->str:
     "Means and standard deviations over the seeds, in markdown"
@@ -226,6 +234,7 @@ def ablation_table(rows:list, # of one ablation
     lines = [[*names, *cols], ["---:"] * (len(names) + len(cols)), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+# %% ../nbs/46_ablate.ipynb #d9ba695a
 def frontier(points:dict, # name: (x, y), both better when larger
             )->list:      # names that nobody beats in both, by x
     "The Pareto front"

@@ -62,7 +62,7 @@ class Pair:
     zt:Tensor    # noisy latents (b c t h w)
     index:Tensor # grid points (b,) int64
     v:Tensor     # velocity with the prompt, like zt
-    slope:Tensor # what w multiplies: that velocity less the one without the prompt
+    slope:Tensor # what w multiplies, like `v`: that velocity less the one without the prompt
 
     def __getitem__(self, rows)->"Pair": # a slice, or indices
         "Some of the samples"

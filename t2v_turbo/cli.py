@@ -86,11 +86,13 @@ def distill(cfg=None,     # a `train.Config`
         if main:
             if resumed: print(f"resumed at step {trainer.step} of {cfg.steps}")
             print(weights_in_words(cfg.objective))
-            print(f"{trainer.accelerator.num_processes} process(es), {cfg.batch} clips a step in "
-                  f"all, {sum(p.numel() for p in trainer.params) / 1e6:.2f} M parameters train")
+            over = ", the denoiser cut up over them" if trainer.sharded else ""
+            print(f"{trainer.accelerator.num_processes} process(es){over}, {cfg.batch} clips a "
+                  f"step in all, {sum(p.numel() for p in trainer.params) / 1e6:.2f} M parameters "
+                  "train")
         watch(trainer, looks)
         gone = trainer.left_out()
-        if main and gone: print(f"{len(gone)} clips were left out, as {Path(cfg.out)}/left_out.json "
+        if main and gone: print(f"{len(gone)} clips were left out, as {cfg.out}/left_out.json "
                                 f"tells: {reasons(gone)}")
         return report(trainer, extra, looks) if main else {}
 
@@ -401,7 +403,7 @@ class PlanOptions:
 class GenerateOptions:
     "Videos of a prompt suite, under the names that its tools look for"
     suite:str = "vbench"   # vbench or evalcrafter
-    prompts:str = ""       # your copy of the prompts: a file, or VBench's folder of them
+    prompts:str = ""       # your copy: a file, or VBench's folder of them; or fetch
     out:str = "suite"      # folder; the videos are in its `videos`; run again to go on
     student:str = ""       # student folder or diffusers folder; empty: the shipped plain-CD student
     teacher:str = ""       # a teacher instead: `tiny`, or a folder that holds one
@@ -413,7 +415,8 @@ class GenerateOptions:
     def __post_init__(self):
         if self.steps < 1 or self.steps > 16 and not self.teacher:
             raise UserError(f"steps is {self.steps}: give 1 to 16")
-        if not self.prompts: raise UserError("no --prompts: give your copy of the suite's prompts")
+        if not self.prompts: raise UserError("no --prompts: give your copy of the suite's "
+                                          "prompts, or the word fetch")
         if self.student and self.teacher: raise UserError("give --student or --teacher, not both")
 
 # %% ../nbs/50_cli.ipynb #6208342d
@@ -421,10 +424,14 @@ def generate(o:GenerateOptions, # what to make
             )->int:             # 0
     "Write the videos of a suite that are not there yet"
     from t2v_turbo.pipeline import T2VTurboPipeline
-    from t2v_turbo.suites import by_student, by_teacher, generate, jobs, processes, read_suite
+    from t2v_turbo.suites import (by_student, by_teacher, fetch_prompts, generate, jobs, processes,
+                                  read_suite)
     from t2v_turbo.teachers.folders import load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
-    todo, device = jobs(read_suite(o.prompts, o.suite), o.suite, o.seed), processes().device
+    path, device = o.prompts, processes().device
+    if path == "fetch":
+        with processes().main_process_first(): path = fetch_prompts(o.suite, o.out)
+    todo = jobs(read_suite(path, o.suite), o.suite, o.seed)
     if o.teacher:
         t = load_teacher(o.teacher).to(device)
         sample, fps = by_teacher(t, o.steps, o.w), t.fps
@@ -613,6 +620,7 @@ def run(argv:list=None, # arguments, `sys.argv[1:]` by default
     from t2v_turbo.pretrain import pretrain
     return pretrain(a.out, a.scale)
 
+# %% ../nbs/50_cli.ipynb #f8171fea
 def main(argv:list=None, # arguments, `sys.argv[1:]` by default
         )->int:          # exit status
     "The console command: a user's mistake is one sentence, not a traceback"

@@ -39,7 +39,7 @@ TEXT = ("caption", "text", "prompt")               # names of the column with th
 @dataclass(frozen=True)
 class Clip:
     "A video file and what it shows"
-    path: Path
+    path: Path   # the file
     caption: str # empty where the folder has none
 
 class BadClip(UserError):
@@ -269,7 +269,7 @@ def order(n:int, # clips
 class Dealt:
     "What all sources have in common that deal `len(self)` things in a seeded order"
     kind = "clips" # what `batch` gives: clips with captions, or "prompts" alone
-    def __init__(self, seed:int): self.seed = seed
+    def __init__(self, seed:int): self.seed = seed # of the order
 
     def order(self, epoch): return order(len(self), self.seed, epoch)
 

@@ -56,7 +56,7 @@ class Draw:
     index:Tensor         # where on the solver's grid `(b,)`, 0..1000/k-1
     w:Tensor             # guidance scales `(b,)`
     image_frames:Tensor  # which frames the image reward sees `(M,)`
-    video_frames:Tensor  # which frames the video reward sees
+    video_frames:Tensor  # which frames the video reward sees `(m,)`
 
     def rows(self, s:slice)->"Draw":
         "The part of a batch that one process works on"

@@ -118,7 +118,7 @@ class Sampler:
     sample:Callable # prompts and a seed to clips, text encoding and decoding included
 
 # %% ../nbs/40_evaluate.ipynb #a2663915
-def timed_batches(sampler:Sampler,
+def timed_batches(sampler:Sampler, # what is asked for clips
                   prompts:list,  # all prompts, repeats included
                   seed:int,      # of the whole evaluation
                   batch:int,     # clips at a time
@@ -132,7 +132,7 @@ def timed_batches(sampler:Sampler,
 
 # %% ../nbs/40_evaluate.ipynb #0b455a59
 @torch.no_grad()
-def evaluate(sampler:Sampler,
+def evaluate(sampler:Sampler, # what is asked for clips
              prompts:list,   # distinct captions, `list[str]`
              judges:Judge,   # on the CPU
              seed:int=0,     # of noise and bootstrap

@@ -60,7 +60,7 @@ class DDIM:
 
 # %% ../nbs/03_solver.ipynb #05c41f2a
 def guide(cond:Tensor,   # prediction with the prompt (b, ...)
-          uncond:Tensor, # prediction without
+          uncond:Tensor, # prediction without (b, ...)
           w,             # guidance scale, a number or (b,); 0 is no guidance
          )->Tensor:      # guided prediction
     "Classifier-free guidance cond + w (cond - uncond)"

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import launching
+from t2v_turbo.caches import build_cache, open_cache
 from t2v_turbo.checkpoints import Checkpoints, claim
 from t2v_turbo.cli import main
+from t2v_turbo.streams import Shards, write_shards
 from t2v_turbo.teachers.tiny import load_teacher, save_teacher
 from t2v_turbo.train import Config, Objective, Trainer
+from t2v_turbo.world import World
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 SMALL = ["--steps", "4", "--batch", "2", "--rank", "2", "--save_every", "1", "--eval_every", "0", "--repeats", "1",
@@ -209,3 +213,101 @@ def test_a_second_interrupt_does_not_wait():
     p = run(script, wait=False); p.stdout.readline()
     p.send_signal(signal.SIGINT); time.sleep(.5); assert p.poll() is None
     p.send_signal(signal.SIGINT); p.communicate(timeout=20); assert p.returncode not in (0, None)
+
+
+@pytest.fixture
+def tars(tmp_path):
+    "Three shards of two rendered clips"
+    clips, captions = World("train", 0, 8, 32).batch(0, 6)
+    write_shards(list(zip(clips, captions)), tmp_path / "tars", 2)
+    return tmp_path / "tars"
+
+
+def test_corrupt_shard(tmp_path, tars, capsys):
+    "A shard that is cut off, or that is no tar, is refused before anything is written, with its name"
+    whole = (tars / "000001.tar").read_bytes()
+    for bad in (whole[:3000], b"no tar at all" * 100, whole[:1] + b"\0" * 600 + whole[601:]):
+        (tars / "000001.tar").write_bytes(bad)
+        said = refused(capsys, "distill", "--out", tmp_path / "o", "--data", tars, *SMALL)
+        assert "1 of 3 shards cannot be read to the end: mend them" in said and "000001.tar" in said
+        assert not (tmp_path / "o").exists()
+    (tars / "000001.tar").write_bytes(whole)
+    assert main([str(a) for a in ("distill", "--out", tmp_path / "o", "--data", tars, *SMALL)]) == 0
+
+
+def test_missing_shard(tmp_path, tars, capsys):
+    for data, why in ((f"{tars}/{{000000..000003}}.tar", "000003.tar cannot be read (No such file or directory)"),
+                      (f"{tars}/x*.tar", "stands for no tar file"), (f"{tmp_path}/nowhere", "does not exist")):
+        assert why in refused(capsys, "distill", "--out", tmp_path / "o", "--data", data, *SMALL)
+        assert not (tmp_path / "o").exists()
+
+
+ONE_OF_TWO = """
+import os, sys, signal
+from pathlib import Path
+sys.path[:0] = [sys.argv.pop(1)]
+what, shard = sys.argv.pop(1), sys.argv.pop(1)
+if what == "bug": import cpu_fsdp
+from t2v_turbo import train
+from t2v_turbo.cli import main
+from t2v_turbo.core import UserError
+step, read = train.Trainer.one_step, train.Trainer.read
+def one_step(self, feed):
+    if self.step == 3 and self.accelerator.process_index == 1:
+        if what == "kill": os.kill(os.getpid(), signal.SIGKILL)
+        if what == "bug": raise UserError("a fault that shows on one process alone")
+    return step(self, feed)
+def gone(self, feed):
+    if what == "gone" and self.step == 3 and self.accelerator.process_index == 1:
+        feed.close(); Path(shard).rename(shard + ".away")
+        return read(self, train.Prefetch(self.source, self.cfg.batch, self.rows(), 3, 4))
+    return read(self, feed)
+train.Trainer.one_step, train.Trainer.read = one_step, gone
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("what, config, kept", [("kill", "ddp", 2), ("bug", "fsdp2", 2), ("gone", "ddp", 3)])
+def test_a_fault_of_one_process_of_two(tmp_path, tars, what, config, kept):
+    "Killed, or with a fault of its own, or it alone cannot read its shard: the other one ends too, and what was saved is whole"
+    script, out = tmp_path / "one_of_two.py", tmp_path / "o"
+    script.write_text(ONE_OF_TWO)
+    # the shard that process 1 needs in step 3, and process 0 does not
+    source = Shards(tars, 8, (32, 32), 8)
+    own = lambda rank: {source.name(i).rpartition("/")[0] for _, i in source.picks(3, 2, slice(rank, rank + 1))}
+    shard = (own(1) - own(0)).pop()
+    args = ["--data", tars, "--out", out, *SMALL, "--save_every", "2"]
+    begun = time.time()
+    p = launching.start(config, *args, script=script, more=[str(Path(__file__).parent), what, shard], precision=None)
+    _, err = launching.finish(p, 120)
+    assert p.returncode != 0 and time.time() - begun < 100, err[-3000:]
+    said = launching.said(err)
+    if what == "gone":                             # both have said the same, and both have saved
+        assert len(said) == 2 and len({*said}) == 1 and f"{shard} can no longer be read" in said[0], err[-3000:]
+        Path(shard + ".away").rename(shard)
+    else:
+        if what == "bug": said.remove("t2v-turbo: a fault that shows on one process alone")
+        assert said == ["t2v-turbo: another process of this run is gone: look at what it said, and run the same command again, "
+                        "which goes on from step 2"], err[-3000:]
+    store = Checkpoints(out)
+    assert store.newest()[0] == kept and not (out / "run.lock").exists() and not [*out.glob("**/.tmp-*")]
+    assert main([str(a) for a in ("distill", *args)]) == 0 and store.newest()[0] == 4
+
+
+def test_another_cache(tmp_path, capsys):
+    "A checkpoint knows its caches by what they hold: moved is fine, another one is refused"
+    teacher, quiet = load_teacher("tiny"), dict(progress=False, batch=2, shard=2)
+    for name, seed in (("lat", 0), ("lat2", 1)): build_cache("latents", teacher, World("train", seed, 8, 32), tmp_path / name, 8, **quiet)
+    captions = open_cache(tmp_path / "lat").captions
+    for name, more in (("txt", []), ("txt2", ["a cat"])): build_cache("text", teacher, captions + more, tmp_path / name, **quiet)
+    run = lambda lat, txt: ("distill", "--out", tmp_path / "o", *SMALL, "--data", tmp_path / lat, "--texts", tmp_path / txt)
+    assert main([str(a) for a in (*run("lat", "txt"), "--steps", "2")]) == 0
+    kept = {p.name: p.read_bytes() for p in (tmp_path / "o" / "checkpoints").iterdir()}
+    for lat, txt, word in (("lat2", "txt", "data"), ("lat", "txt2", "text cache")):
+        said = refused(capsys, *run(lat, txt))
+        assert f"step-00000002.pt' was made with another {word} than" in said and f"give --{'data' if word == 'data' else 'texts'} " in said
+    assert "made with another text cache than '' (" in refused(capsys, *run("lat", "txt")[:-2])      # without the cache of texts
+    assert kept == {p.name: p.read_bytes() for p in (tmp_path / "o" / "checkpoints").iterdir()}
+    (tmp_path / "txt").rename(tmp_path / "moved")
+    capsys.readouterr()
+    assert main([str(a) for a in run("lat", "moved")]) == 0 and "resumed at step 2" in capsys.readouterr().out

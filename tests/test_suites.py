@@ -1,5 +1,6 @@
 "Prompt suites: names, counts, seeds, resuming, several processes"
 import csv
+import hashlib
 import json
 import socket
 import subprocess
@@ -31,6 +32,23 @@ def names(out): return sorted(p.name for p in (out / "videos").iterdir())
 
 
 # --- prompts ---------------------------------------------------------------------------------------
+
+def test_fetched_by_hash(tmp_path, monkeypatch, capsys):
+    "Through the command; nothing is left of a text that is not the published one"
+    from t2v_turbo import suites
+    from t2v_turbo.cli import main
+    web = tmp_path / "prompt700.txt"; web.write_text("a red circle moving left\n")
+    sha = hashlib.sha256(web.read_bytes()).hexdigest()
+    assert all(len(s) == 64 and "/main/" not in url and url.startswith("https://") for url, s in suites.PUBLISHED.values())
+    call = lambda o: main(["generate", "--suite", "evalcrafter", "--prompts", "fetch", "--out", str(tmp_path / o)])
+    monkeypatch.setitem(suites.PUBLISHED, "evalcrafter", (web.as_uri(), sha))
+    assert call("a") == 0 and (tmp_path / "a" / "prompt700.txt").read_bytes() == web.read_bytes()
+    web.write_text("a blue circle moving left\n")
+    assert call("a") == 0, "the copy that is there is used"
+    assert call("b") == 2 and "is not the published text" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    monkeypatch.setitem(suites.PUBLISHED, "evalcrafter", ((tmp_path / "none").as_uri(), sha))
+    assert call("c") == 2 and "give its path" in capsys.readouterr().err
+
 
 def test_full_info(tmp_path):
     rows = [dict(prompt_en="a cat", dimension=["color", "scene"]), dict(prompt_en="still", dimension=["temporal_flickering"]),

@@ -112,14 +112,22 @@ lat, txt = dict(data=f"{d}/lat"), dict(texts=f"{d}/txt")
 torch.save(dict(plain=step(), latents=step(**lat), texts=step(**lat, **txt), pairs=step(data=f"{d}/pairs", **txt),
                 memory=step(save_memory=1), both=step(data=f"{d}/pairs", save_memory=1, accumulate=2)), f"{d}/got.pt")
 """
+SHARED = CACHED[:CACHED.index("build_cache(")] + CACHED[CACHED.index("def step"):CACHED.index("lat, txt")] + """
+got = step(data=f"{d}/pairs", texts=f"{d}/txt", accumulate=2)
+if int(__import__("os").environ["RANK"]) == 0: torch.save(dict(shared=got), f"{d}/shared.pt")
+"""
 
 
 def test_caches_and_memory_switches_keep_the_objective(tmp_path):
     "Latents, embeddings and the teacher's answers from a cache; parts run again in backward: 1e-5 on loss and gradients"
     run = subprocess.run([sys.executable, "-c", CACHED, str(tmp_path)], env=ENV, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
-    got = torch.load(tmp_path / "got.pt", weights_only=True)
+    (tmp_path / "shared.py").write_text(SHARED)
+    run = launch(2, tmp_path / "shared.py", tmp_path)                     # and the same caches read by two processes, in pieces
+    assert run.returncode == 0, run.stderr[-2000:]
+    got = torch.load(tmp_path / "got.pt", weights_only=True) | torch.load(tmp_path / "shared.pt", weights_only=True)
     plain = got.pop("plain")
+    assert got.keys() == {"latents", "texts", "pairs", "memory", "both", "shared"}
     for name, other in got.items():
         for k, v in plain["row"].items(): assert abs(v - other["row"][k]) < 1e-5, (name, k)
         for a, b in zip(plain["grads"], other["grads"]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)

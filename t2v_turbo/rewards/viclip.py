@@ -24,7 +24,7 @@ from ..teachers.videocrafter2 import clip_tokenizer
 
 # %% ../../nbs/23_viclip.ipynb #78f492b0
 def run_layers(layers,       # modules, called one after the other
-               x:Tensor,     # their input
+               x:Tensor,     # their input (b n d)
                save_memory:bool=False, # run each layer again in backward
                **kwargs,     # for every layer
               )->Tensor:     # the output of the last

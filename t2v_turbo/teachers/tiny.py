@@ -36,14 +36,14 @@ class TinyVideoDenoiser(WanTransformer3DModel):
     @register_to_config
     def __init__(self,
                  patch_size:tuple=(1, 2, 2),   # patches in (t h w)
-                 num_attention_heads:int=5,
-                 attention_head_dim:int=32,
+                 num_attention_heads:int=5,    # of a layer
+                 attention_head_dim:int=32,    # channels of each
                  in_channels:int=4,            # latent channels in
                  out_channels:int=4,           # latent channels out
                  text_dim:int=64,              # width of the text context
                  freq_dim:int=128,             # width of the time sinusoid
-                 ffn_dim:int=480,
-                 num_layers:int=6,
+                 ffn_dim:int=480,              # hidden channels of the feed-forward part
+                 num_layers:int=6,             # in all
                  rope_max_seq_len:int=64,      # most positions along one axis
                  time_cond_proj_dim:int=256,   # width of the guidance embedding
                 ):

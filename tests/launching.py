@@ -1,0 +1,49 @@
+"Runs as a user starts them: `accelerate launch` with a file of configs/, on two gloo processes"
+import io
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+SMALL = ["--steps", "4", "--batch", "4", "--rank", "2", "--save_every", "2", "--track", ""]
+
+
+def start(config, *args, n=2, script=None, more=(), precision="no"):
+    "A started run; `script` with the arguments `more` stands for `-m t2v_turbo.cli`; `precision=None` is that of the file"
+    script = [str(script)] if script else [str(ROOT / "tests" / "cpu_fsdp.py")] if config == "fsdp2" else ["-m", "t2v_turbo.cli"]
+    cmd = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(ROOT / "configs" / f"{config}.yaml"),
+           "--num_processes", str(n), "--main_process_port", "0", *(["--mixed_precision", precision] if precision else []), *script, *more]
+    return subprocess.Popen([*cmd, "distill", *map(str, args)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)
+
+
+def finish(p, seconds=300):
+    "stdout and stderr of a run; one that hangs is ended with all of its processes"
+    try: return p.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(p.pid, signal.SIGKILL); p.communicate()
+        raise
+
+
+def launch(*args, code=0, **kw):
+    "A run that has ended; stdout, stderr"
+    p = start(*args, **kw)
+    out, err = finish(p)
+    assert (p.returncode == 0) == (code == 0), err[-3000:]
+    return out, err
+
+
+def said(err): return [l[l.index("t2v-turbo: "):] for l in err.splitlines() if "t2v-turbo: " in l]
+
+
+def put(path, members):
+    "A tar of (name, bytes)"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name); info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
