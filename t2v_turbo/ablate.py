@@ -152,15 +152,19 @@ def _devices(jobs):
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [i % n if n else None for i in range(jobs or n or free)]
 
-def _work(queue, cfg, cell, looks, steps):
+def _free(queue):
+    "In every new process: where it finds a device that is free"
+    global devices; devices = queue
+
+def _work(cfg, cell, looks, steps):
     "`run_cell` in a process of its own: one GPU, or one CPU thread"
-    gpu = queue.get()
+    gpu = devices.get()
     try:
         if gpu is None: torch.set_num_threads(1)
         else: os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)   # before CUDA is first asked
         sys.stderr = open(os.devnull, "w")                    # bars of many cells are no help
         return run_cell(cell_config(cfg, cell), cell, looks, steps)
-    finally: queue.put(gpu)
+    finally: devices.put(gpu)
 
 # %% ../nbs/46_ablate.ipynb #72759c18
 def collect(out:Path, # folder of an ablation
@@ -183,14 +187,15 @@ def ablate(cfg:Config,         # what all cells share; `out` is the folder of th
     "Train and judge every cell of a grid that is not done yet"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("ablate starts its own processes: run it without accelerate launch")
-    from t2v_turbo.ablate import _work as work     # by a name that other processes find, too
+    from t2v_turbo import ablate as own            # by a name that other processes find, too
     todo, steps = cells(o, cfg), [int(s) for s in o.sample_steps.split(",")]
     for n in steps: replace(looks, student_steps=n)          # refused before anything is trained
     _settle(cfg, o, looks)
-    context = get_context("spawn"); queue = context.Manager().Queue()
-    for device in (devices := _devices(o.jobs)): queue.put(device)
-    with ProcessPoolExecutor(len(devices), context, max_tasks_per_child=1) as pool:
-        jobs = {pool.submit(work, queue, cfg, c, looks, steps): c for c in todo}
+    context = get_context("spawn"); queue, free = context.Queue(), _devices(o.jobs)
+    for device in free: queue.put(device)
+    fresh = dict(initializer=own._free, initargs=(queue,), max_tasks_per_child=1)
+    with ProcessPoolExecutor(len(free), context, **fresh) as pool:
+        jobs = {pool.submit(own._work, cfg, c, looks, steps): c for c in todo}
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="cells"):
                 try: job.result()

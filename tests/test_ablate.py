@@ -97,10 +97,10 @@ def test_stopped_and_gone_on_with(tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(call, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = tmp_path / "cells" / "beta_img=0.0 beta_vid=0.0 seed=0" / "log.jsonl"
-    end = time.time() + 120
+    end = time.time() + 400
     while not (log.is_file() and log.read_text().count("\n") > 10) and time.time() < end and run.poll() is None: time.sleep(.2)
     os.killpg(run.pid, signal.SIGINT)                                # as a terminal does
-    _, err = run.communicate(timeout=120)
+    _, err = run.communicate(timeout=300)
     assert run.returncode == 130 and "goes on where it was" in err, err[-1500:]
     done = json.loads(log.read_text().splitlines()[-1])["step"]
     assert 10 <= done < 60 and not (log.parent / "run.lock").exists()
