@@ -137,7 +137,9 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum:int, step:int):
         name = signal.Signals(signum).name
         super().__init__(f"stopped by {name} at step {step}; the same command goes on from there")
-        self.signum = signum
+        self.signum, self.step = signum, step
+
+    def __reduce__(self): return Stopped, (self.signum, self.step)   # it crosses processes
 
 @contextmanager
 def stop_signals():

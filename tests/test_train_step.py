@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_every_variant_agrees(run, capsys):
-    (case,) = run("--teachers", "modelscope", "--parts", "agree")["cases"]
+    (case,) = run("--teachers", "tiny", "--parts", "agree")["cases"]
     a, *rows = case["rows"]
     assert a["name"] == "published" and [r["name"] for r in rows] == list(bench.VARIANTS) and len(rows) == 9
     assert set(a["terms"]) == {"loss", "cd", "r_img", "r_vid"} and all(abs(v) > 1e-4 for v in a["terms"].values())
@@ -60,17 +60,17 @@ def test_a_mistake_in_ours_is_seen(run, monkeypatch, mistake):
     else: monkeypatch.setattr(bench.Ours, "terms", lambda self, *x: wrong(super(bench.Ours, self).terms(*x)))
     def wrong(out): return distill.StepOut(out.loss + 1e-3*(out.loss - out.cd), *list(vars(out).values())[1:])
     with pytest.raises(SystemExit, match="A and B disagree: the (loss|gradient) of 'ours, no cache' differs"):
-        run("--teachers", "modelscope", "--parts", "agree", "--variants", "ours, no cache")
+        run("--teachers", "tiny", "--parts", "agree", "--variants", "ours, no cache")
 
 
-def test_exponents(run, monkeypatch):
+def test_exponents(monkeypatch):
     found = bench.fit([1, 2, 3, 5], [2*x**1.5 for x in (1, 2, 3, 5)])
     assert found["exponent"] == pytest.approx(1.5) and found["error"] < 1e-6
     assert bench.fit([1, 2, 4], [1, 2.2, 4])["error"] > .01
-    monkeypatch.setattr(bench, "AXES", dict(batch=("batch", (1, 2, 3))))
-    (case,) = run("--teachers", "modelscope", "--parts", "growth", "--variants")["cases"]
-    fits = {(f["name"], f["what"]): f["exponent"] for f in case["growth"]["fits"]}
-    assert len(case["growth"]["points"]) == 6 and len(fits) == 6
+    monkeypatch.setattr(bench, "AXES", dict(batch=("batch", (1, 2))))
+    grown = bench.growth(bench.case_of("tiny"), "cpu", 1, False)
+    fits = {(f["name"], f["what"]): f["exponent"] for f in grown["fits"]}
+    assert len(grown["points"]) == 4 and len(fits) == 6
     assert all(fits[n, "flops"] == pytest.approx(1, abs=.05) and 0 < fits[n, "bytes"] < 1 for n in bench.GROWN)
 
 
