@@ -128,11 +128,9 @@ def run_cell(cfg:Config,         # from `cell_config`
 # %% ../nbs/46_ablate.ipynb #b722794d
 def _settle(cfg, o, looks):
     "Note what the cells share, or refuse to mix them with others"
-    names = sorted(part.partition("=")[0] for part in (o.over + " " + o.alone).split())
-    skip = {"out", "seed", "keep", "keep_every", "save_every", "track", *names}
-    plain = asdict(cfg); flat = plain | plain.pop("objective")
+    names, flat = sorted(_values(o.over) | _values(o.alone)), asdict(cfg) | asdict(cfg.objective)
     mine = dict(over=names, sample_steps=o.sample_steps, looks=asdict(looks),
-                settings={k: v for k, v in flat.items() if k not in skip and k != "objective"})
+                settings={k: flat[k] for k in _types() if k not in names})
     path = Path(cfg.out) / "ablation.json"
     if path.is_file() and (old := json.loads(path.read_text())) != mine:
         theirs, ours = ({**x, **x["settings"], **x["looks"]} for x in (old, mine))
@@ -173,7 +171,7 @@ def collect(out:Path, # folder of an ablation
     files = sorted(Path(out).glob("cells/*/rows.json"))
     rows = [r for f in files for r in json.loads(f.read_text())]
     if not rows: return []
-    names = [k for k in json.loads((Path(out) / "ablation.json").read_text())["over"]]
+    names = json.loads((Path(out) / "ablation.json").read_text())["over"]
     rows.sort(key=lambda r: [r[k] for k in (*names, "seed", "sample_steps")])
     with atomic(Path(out) / "rows.csv") as tmp, open(tmp, "w", newline="") as f:
         w = csv.DictWriter(f, list(rows[0])); w.writeheader(); w.writerows(rows)
@@ -193,9 +191,10 @@ def ablate(cfg:Config,         # what all cells share; `out` is the folder of th
     _settle(cfg, o, looks)
     context = get_context("spawn"); queue, free = context.Queue(), _devices(o.jobs)
     for device in free: queue.put(device)
+    done = lambda c: (Path(cell_config(cfg, c).out) / "rows.json").is_file()  # needs no process
     fresh = dict(initializer=own._free, initargs=(queue,), max_tasks_per_child=1)
     with ProcessPoolExecutor(len(free), context, **fresh) as pool:
-        jobs = {pool.submit(own._work, cfg, c, looks, steps): c for c in todo}
+        jobs = {pool.submit(own._work, cfg, c, looks, steps): c for c in todo if not done(c)}
         try:
             for job in tqdm(as_completed(jobs), total=len(jobs), desc="cells"):
                 try: job.result()

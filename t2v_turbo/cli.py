@@ -603,14 +603,11 @@ def run(argv:list=None, # arguments, `sys.argv[1:]` by default
     from diffusers.utils import logging as diffusers_log   # one progress bar is enough: ours
     from transformers.utils import logging as transformers_log
     diffusers_log.disable_progress_bar(); transformers_log.disable_progress_bar()
-    if a.verb == "distill":
-        Config, Objective, *others = parts_of("distill")
+    if a.verb in ("distill", "ablate"):
+        Config, Objective, *others = parts_of(a.verb)
         cfg = read_options(a, Config, objective=read_options(a, Objective))
-        return distill(cfg, *(read_options(a, cls) for cls in others))
-    if a.verb == "ablate":
-        Config, Objective, *others = parts_of("ablate")
-        cfg = read_options(a, Config, objective=read_options(a, Objective))
-        return ablate(cfg, *(read_options(a, cls) for cls in others))
+        return dict(distill=distill, ablate=ablate)[a.verb](
+            cfg, *(read_options(a, cls) for cls in others))
     if a.verb == "reward": return run_more(a)
     if a.verb == "sample": return sample(read_options(a, SampleOptions))
     if a.verb == "evaluate": return evaluate(read_options(a, EvaluateOptions))
