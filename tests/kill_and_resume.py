@@ -62,10 +62,9 @@ def start(out, n):
 def wait(pids): return [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]
 
 
-def steps_done(out):
-    "Steps in the log, and whether a checkpoint is being written right now"
-    log = Path(out) / "log.jsonl"
-    return len(log.read_text().splitlines()) if log.is_file() else 0
+def last_saved(out):
+    "The step of the newest whole checkpoint (the log may be a step ahead of it, and goes back to it)"
+    return max((int(f.stem.split("-")[1]) for f in (Path(out) / "checkpoints").glob("step-*.pt")), default=0)
 
 
 def main(out, n, kills, seed):
@@ -81,7 +80,7 @@ def main(out, n, kills, seed):
         codes = wait(pids)
         assert -9 in codes, f"the run was over before the kill: {codes}"
         in_save += bool([*(out / "cut").glob("**/.tmp-*")])
-        steps.append(steps_done(out / "cut"))
+        steps.append(last_saved(out / "cut"))
     assert wait(start(out / "cut", n)) == [0] * n
     print(json.dumps(dict(kills=kills, in_save=in_save, steps=steps, seconds=whole)))
 

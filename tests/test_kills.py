@@ -7,6 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
+
+
+def leaves(tree):
+    "Everything in it, bit for bit"
+    return [x.numpy().tobytes() if isinstance(x, torch.Tensor) else x for x in tree_leaves(tree)]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -15,7 +21,7 @@ def test_twenty_kills(tmp_path, processes):
                           "20", "7"], capture_output=True, text=True, timeout=1500)
     assert run.returncode == 0, run.stderr[-3000:]
     told = json.loads(run.stdout.splitlines()[-1])
-    assert told["kills"] == 20 and told["steps"] == sorted(told["steps"]), told
+    assert told["kills"] == 20 and told["steps"] == sorted(told["steps"]), told     # what was saved is never lost
     assert len(set(told["steps"])) > 5, f"the kills did not spread: {told}"
     print(told)
     a, b = (load_file(tmp_path / d / "student" / "adapter_model.safetensors") for d in ("whole", "cut"))
@@ -24,7 +30,7 @@ def test_twenty_kills(tmp_path, processes):
     assert [r["step"] for r in logs[1]] == list(range(1, 161))
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
     states = [torch.load(tmp_path / d / "checkpoints" / "step-00000160.pt", weights_only=True) for d in ("whole", "cut")]
-    for part in ("params", "ema"): assert str(states[0][part]) == str(states[1][part]), part
+    for part in ("params", "ema"): assert leaves(states[0][part]) == leaves(states[1][part]), part
     a, b = (s["optimizer"]["state"] for s in states)
     assert a.keys() == b.keys() and all(torch.equal(a[n][k], b[n][k]) for n in a for k in a[n])
     assert not list(tmp_path.glob("cut/**/.tmp-*")) and not (tmp_path / "cut" / "run.lock").exists()
