@@ -110,7 +110,10 @@ def test_the_tiny_rewards_see_every_damage_of_their_world(name):
 @real
 def test_real_clips_are_no_fair_question_to_the_tiny_rewards():
     p = check.files_pair(*check.carphone(), check.CARPHONE)
-    for name in rc.TINY: assert check.compare(rc.build(name), p).unfair == "it does not know man, talking, in, car"
+    for name in rc.TINY:
+        v = check.compare(rc.build(name), p)
+        assert v.unfair == "it does not know man, talking, in, car"
+        assert v.right and 0 < v.good - v.bad < .2 and v.wins in (2, 3), "right in the mean, by a hair: notebook 27 says so"
     sharp = check.compare(Sharp(), p)
     assert sharp.right and sharp.wins == 4 and not sharp.unfair
     assert not check.compare(Sharp(-1.), p).right
