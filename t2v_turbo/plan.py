@@ -209,7 +209,8 @@ def metered(model:Distillation, # on any device
         raise UserError(f"cached {cached!r}: give one of {', '.join(map(repr, CACHED))}")
     teacher, params = model.student.teacher, model.student.trainable().values()
     dev, prompts = teacher.device, [f"prompt {i}" for i in range(batch)]
-    kept = [teacher.encode_text(prompts), teacher.encode_text([""]*batch)] if cached else []
+    with Meter(dev.type), torch.no_grad():      # what is on `meta` needs it to answer questions
+        kept = [teacher.encode_text(p) for p in (prompts, [""]*batch)] if cached else []
     d = draw(model.cfg, (batch, *teacher.latent_shape), make_gen(0))
     d = Draw(d.noise.to(dev), d.index.to(dev), d.w.to(dev), d.image_frames, d.video_frames)
     for p in params: p.grad = None

@@ -97,6 +97,15 @@ def test_the_goal_at_full_size():
     assert plan.gb()["total"] == pytest.approx(sum(v for k, v in plan.gb().items() if k in plan.weights or k.startswith("peak")))
 
 
+@pytest.mark.parametrize("teacher, frames", [("wan2.1-1.3b", 13), ("modelscope", 4)])
+def test_caches_take_the_text_encoder_away(teacher, frames):
+    "Wan's encoder asks whether its mask is full, which `meta` cannot answer by itself"
+    plans = [predict(teacher, ("hpsv2.1",), frames, (32, 32), cached=c) for c in ("", "latents", "pairs")]
+    assert [bool(p.weights["text"]) for p in plans] == [True, False, False]
+    flops = [sum(v["flops"] for v in p.phases.values()) for p in plans]
+    assert flops[0] > flops[1] > flops[2]
+
+
 def test_two_rewards_of_a_kind_and_an_unknown_optimizer():
     with pytest.raises(UserError, match="clipscore is a second image reward"): predict("tiny", ("tiny-image", "clipscore"))
     with pytest.raises(UserError, match="optimizer 'sgd' is unknown"): optimizer_bytes("sgd", [])
