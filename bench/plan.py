@@ -120,7 +120,7 @@ def train(c, device, steps):
         d = draw(model.cfg, (b, *teacher.latent_shape), make_gen(i)).to(device)
         z0 = torch.rand_like(d.noise) if cached else teacher.encode(torch.rand(b, *teacher.video_shape, device=device))
         pair = Pair(z0, d.index, torch.rand_like(z0), torch.rand_like(z0)) if cached == "pairs" else None
-        ctx, null = texts if cached else (teacher.encode_text(prompts), teacher.encode_text([""]*b))
+        ctx, null = texts[0] if cached else teacher.encode_text(prompts), texts[1]
         out = model(z0, ctx, null, prompts, d, pair=pair)
         out.loss.mean().backward()
         opt.step(); opt.zero_grad()

@@ -12,7 +12,7 @@ A, `Published`, is the published recipe written from the paper's equations: a fl
 of the UNet, a decode for each reward, the VAE's encoder and the text encoder in every step, nothing kept or shared and nothing run
 again in backward. On a GPU it runs under bfloat16 autocast, with VAE, text encoder and rewards in bfloat16, as published.
 B, `Ours`, is the library's own `Trainer`, without caches, with texts and latents cached, and with the teacher's answers cached;
-each as it is, with memory saved, and with a frozen base in bfloat16 as well.
+each as it is, with memory saved, and with a frozen base in bfloat16 as well; the last one also with frames decoded one by one alone.
 
 agree    loss and gradient of A and of each B at the same step. Below full size A is run in float64 too: how far float32 is from it
          is A's own rounding, and a B that differs from A by more than three times that ends the script (see `allowed`)
@@ -59,7 +59,7 @@ from t2v_turbo.rewards.viclip import VICLIP_L, ViCLIP
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher, tokenize, zero_w_projection
 from t2v_turbo.teachers.folders import load_teacher
-from t2v_turbo.teachers.memory import Meter, make_optimizer, save_memory
+from t2v_turbo.teachers.memory import Meter, make_optimizer, save_memory, savings_of
 from t2v_turbo.teachers.videocrafter2 import clip_tokenizer, vc2_scheduler
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.world import World
@@ -72,9 +72,10 @@ BF16 = dict(loss=.5, gradient=.5)         # where the frozen networks are in bfl
 PUBLISHED = {"modelscope": dict(size=(256, 256), rewards=("hpsv2.1", "viclip-l14"), beta=(2., 3.), rank=32),
              "videocrafter2": dict(size=(320, 512), rewards=("hpsv2.1", "internvideo2"), beta=(1., 2.), rank=64)}
 CACHES = {"no cache": "", "texts, latents cached": "latents", "teacher cached": "pairs"}
-SWITCHES = {"": dict(), "memory saved": dict(save=1), "memory saved, bf16": dict(save=1, dtype="bfloat16")}
+SWITCHES = {"": dict(), "decode saved": dict(save="decode"), "memory saved": dict(save="all"),
+            "memory saved, bf16": dict(save="all", dtype="bfloat16")}
 VARIANTS = {", ".join(filter(None, (f"ours, {c}", s))): dict(cache=kind, **how)
-            for c, kind in CACHES.items() for s, how in SWITCHES.items()}
+            for c, kind in CACHES.items() for s, how in SWITCHES.items() if s != "decode saved" or kind == "pairs"}
 A = "published"
 
 
@@ -298,10 +299,10 @@ class Theirs:
 class Ours(Trainer):
     "The library's trainer on a teacher that has no folder"
     def __init__(self, c, device, variant, caches, out):
-        save, kind = variant.get("save", 0), variant["cache"]
+        save, kind = variant.get("save", ""), variant["cache"]
         teacher, image, video = build(c, device, getattr(torch, variant.get("dtype", "float32")))
         self.made, self.c, self.rewards = teacher, c, (image, video)
-        if save:
+        if "rewards" in savings_of(save):
             for r in self.rewards: save_reward(r)
         super().__init__(Config(out=out, batch=c["batch"], rank=c["rank"], save_memory=save, objective=objective(c), lr=1e-5,
                                 data=f"{caches}/{kind}" if kind else "", texts=f"{caches}/text" if kind else "", seed=SEED, track=""),
@@ -482,9 +483,11 @@ def published_size(teacher):
     rows.append(dict(name=A, bytes=weights_of(net) + 8*sum(p.numel() for p in mine) + m.peak,
                      flops={k: v["flops"] for k, v in m.phases.items()}))
     for name, v in VARIANTS.items():
-        if v["cache"] == "latents" or v.get("save") and "dtype" not in v: continue
+        saved = savings_of(v.get("save", ""))
+        if v["cache"] == "latents" or "denoiser" in saved and "dtype" not in v: continue
         made, image, video = build(c, "meta", getattr(torch, v.get("dtype", "float32")))
-        if v.get("save"): save_memory(made), save_reward(image), save_reward(video)
+        save_memory(made, "denoiser" in saved, int("decode" in saved))
+        for rm in (image, video): save_reward(rm, "rewards" in saved)
         plan = plan_of(Distillation(Student(made, c["rank"]), objective(c), image, video), cached=v["cache"])
         rows.append(dict(name=name, bytes=plan.total, flops={k: p["flops"] for k, p in plan.phases.items()}))
     return dict(case=c, rows=rows)

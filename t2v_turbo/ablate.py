@@ -45,7 +45,7 @@ class AblateOptions:
                                 "between")
         if self.jobs < 0: raise UserError(f"jobs is {self.jobs}: give 0 or more")
 
-def _types():
+def _types()->dict:
     "Name: (dataclass, type) of every setting that can be varied"
     fixed = "out seed objective save_every keep keep_every track".split()
     return {f.name: (cls, f.type) for cls in (Config, Objective) for f in fields(cls)
@@ -129,7 +129,7 @@ def run_cell(cfg:Config,         # from `cell_config`
 def _settle(cfg, o, looks):
     "Note what the cells share, or refuse to mix them with others"
     names, flat = sorted(_values(o.over) | _values(o.alone)), asdict(cfg) | asdict(cfg.objective)
-    mine = dict(over=names, sample_steps=o.sample_steps, looks=asdict(looks),
+    mine:dict = dict(over=names, sample_steps=o.sample_steps, looks=asdict(looks),
                 settings={k: flat[k] for k in _types() if k not in names})
     path = Path(cfg.out) / "ablation.json"
     if path.is_file() and (old := json.loads(path.read_text())) != mine:
@@ -147,7 +147,7 @@ def _settle(cfg, o, looks):
 def _devices(jobs):
     "Which GPU each worker gets, `None` for a CPU"
     n = torch.cuda.device_count()
-    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [i % n if n else None for i in range(jobs or n or free)]
 
 def _free(queue):
@@ -165,7 +165,7 @@ def _work(cfg, cell, looks, steps):
     finally: devices.put(gpu)
 
 # %% ../nbs/46_ablate.ipynb #72759c18
-def collect(out:Path, # folder of an ablation
+def collect(out:str|Path, # folder of an ablation
            )->list:   # rows, sorted by setting, seed and sampling steps
     "Gather the rows of all cells that are done, and write `rows.csv`"
     files = sorted(Path(out).glob("cells/*/rows.json"))
@@ -192,7 +192,7 @@ def ablate(cfg:Config,         # what all cells share; `out` is the folder of th
     context = get_context("spawn"); queue, free = context.Queue(), _devices(o.jobs)
     for device in free: queue.put(device)
     done = lambda c: (Path(cell_config(cfg, c).out) / "rows.json").is_file()  # needs no process
-    fresh = dict(initializer=own._free, initargs=(queue,), max_tasks_per_child=1)
+    fresh:dict = dict(initializer=own._free, initargs=(queue,), max_tasks_per_child=1)
     with ProcessPoolExecutor(len(free), context, **fresh) as pool:
         jobs = {pool.submit(own._work, cfg, c, looks, steps): c for c in todo if not done(c)}
         try:

@@ -19,6 +19,7 @@ from functools import cached_property
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastcore.basics import patch
@@ -63,6 +64,9 @@ class Pair:
     index:Tensor # grid points (b,) int64
     v:Tensor     # velocity with the prompt, like zt
     slope:Tensor # what w multiplies, like `v`: that velocity less the one without the prompt
+
+    if TYPE_CHECKING: # written below
+        def step(self, ddim:DDIM, w:Tensor)->Tensor: ...
 
     def __getitem__(self, rows)->"Pair": # a slice, or indices
         "Some of the samples"
@@ -154,7 +158,7 @@ def data_id(source, # prompts, or a source with a `fingerprint`
 
 # %% ../nbs/17_caches.ipynb #b4e6a04d
 def prompts_of(source,      # prompts, or a source that lists its captions
-               n:int=0,     # or else so many captions of the source are looked at
+               n:int|None=0, # or else so many captions of the source are looked at
                batch:int=8, # in batches of this size
               )->list:      # `list[str]`
     "All prompts of a source"
@@ -200,7 +204,7 @@ def _batch(source, step, size, kinds):
 @dataclass(frozen=True)
 class Latents:
     "Latents of clips, with their captions"
-    source:object # of clips
+    source:Any    # of clips
     parts = ("vae", "scale", "frames", "size", "fps")
 
     def about(self): return dict(data=data_id(self.source))
@@ -214,7 +218,7 @@ class Latents:
 @dataclass(frozen=True)
 class Samples:
     "Latents that the teacher made from prompts alone"
-    source:object  # of prompts
+    source:Any     # of prompts
     w:float = 7.5  # guidance scale; 0 is none
     steps:int = 50 # DDIM steps
     seed:int = 0   # of the starting noise
@@ -236,10 +240,10 @@ class Samples:
 @dataclass(frozen=True)
 class Pairs:
     "The teacher's answers at noisy latents"
-    source:object       # of clips, or an open cache of latents
+    source:Any          # of clips, or an open cache of latents
     k:int = 20          # solver skip, in timesteps
     seed:int = 0        # of noise and grid points, see `dice`
-    texts:object = None # an open cache of texts; without one the text encoder is asked
+    texts:Any = None    # an open cache of texts; without one the text encoder is asked
     parts = tuple(PARTS)
 
     def about(self): return dict(data=data_id(self.source), k=self.k, seed=self.seed,
@@ -257,7 +261,7 @@ class Pairs:
         ctx, null = (texts(p).to(zt.device) for p in (prompts, [""]))
         return vars(ask(ddim, teacher.denoise, zt, x["index"], ctx, null))
 
-RECIPES = dict(text=Texts, latents=Latents, samples=Samples, pairs=Pairs)
+RECIPES:dict = dict(text=Texts, latents=Latents, samples=Samples, pairs=Pairs)
 
 # %% ../nbs/17_caches.ipynb #bfba2ffa
 def _store(name, x, dtype, step):
@@ -314,7 +318,7 @@ def write_shard(folder,        # of the cache
                         "room, and build again; the shards that are done are kept") from None
 
 # %% ../nbs/17_caches.ipynb #cac2c282
-def read_head(path:Path, # of a shard
+def read_head(path:str|Path, # of a shard
               verify:bool=False, # compare the checksum as well
              )->dict:    # key, shard, captions, sha256
     "What a shard says of itself"
@@ -503,7 +507,7 @@ def build_cache(kind:str,         # `text`, `latents`, `samples` or `pairs`
                 teacher:Teacher,  # who is asked, on the device where it is to run
                 source,           # prompts, clips, or a cache of latents; see `RECIPES`
                 folder,           # of the cache; goes on where it was
-                samples:int=None, # in all; for `text` so many captions are looked at, if there is
+                samples:int|None=None, # in all; for `text` so many captions are read, if there is
                                   # no list of them; by default as many as the source has
                 batch:int=8,      # samples a step, that of the training
                 shard:int=32,     # steps a shard
@@ -545,6 +549,10 @@ MEND = "build the same cache into this folder again, which makes only what is mi
 
 class Cache(Dealt):
     "A cache that is whole, for reading"
+    if TYPE_CHECKING: # written below
+        def read(self, ids)->dict: ...
+        def check(self, teacher:Teacher|None=None, **settings)->None: ...
+
     def __init__(self,
                  folder,            # of the cache
                  reorder:int=0,     # seed of the order of the second visit and later ones
@@ -610,7 +618,7 @@ def read(self:Cache,
 # %% ../nbs/17_caches.ipynb #c732145f
 @patch
 def check(self:Cache,
-          teacher:Teacher=None, # who is to use it
+          teacher:Teacher|None=None, # who is to use it
           **settings,           # that it must have, such as `k=20`; `data` may be a source
          )->None:
     "Refuse a cache of another teacher or other settings"
@@ -663,7 +671,7 @@ class PairCache(Cache):
 
 # %% ../nbs/17_caches.ipynb #3fa60747
 def open_cache(folder,               # that `build_cache` wrote
-               teacher:Teacher=None, # refused, if the cache is of another
+               teacher:Teacher|None=None, # refused, if the cache is of another
                reorder:int=0,        # seed of the order of the second visit and later ones
                verify:bool=False,    # compare the checksum of every shard
                **settings,           # that it must have, see `Cache.check`

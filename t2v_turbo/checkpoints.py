@@ -24,7 +24,7 @@ from .core import UserError, atomic
 
 # %% ../nbs/32a_checkpoints.ipynb #79355af8
 @contextmanager
-def claim(folder:Path, # output folder of a run; made if it is not there
+def claim(folder:str|Path, # output folder of a run; made if it is not there
          ):
     "Hold `folder/run.lock` while a run writes there"
     folder = Path(folder); lock, host = folder / "run.lock", socket.gethostname()
@@ -64,7 +64,7 @@ def _alive(pid):
 class Checkpoints:
     "The checkpoints of one run"
     def __init__(self,
-                 out:Path,         # output folder of the run
+                 out:str|Path,     # output folder of the run
                  keep:int=3,       # how many of the last ones stay
                  keep_every:int=0, # those at multiples of so many steps stay too; 0: none
                 ):
@@ -119,7 +119,7 @@ def load(self:Checkpoints, step:int)->dict:
 @patch
 def newest(self:Checkpoints,
            check=lambda state: None, # raises `UserError` if a state does not belong to this run
-          )->tuple:                  # (step, state), or None if there is no checkpoint at all
+          )->tuple|None:             # (step, state), or None if there is no checkpoint at all
     "The newest checkpoint that is whole and belongs here; those passed over are named"
     why = []
     for step in reversed(self.steps()):

@@ -20,12 +20,12 @@ from pathlib import Path
 from fastcore.docments import docments
 
 from . import __version__
-from .core import UserError
+from .base import UserError
 
 # %% ../nbs/50_cli.ipynb #63ee377a
 def add_options(parser:argparse.ArgumentParser, # gets the options
                 cls:type,                       # a dataclass
-                own:dict=None,                  # name: a default of this verb; `None`: no option
+                own:dict|None=None, # name: a default of this verb; `None`: no option
                )->None:
     "One argument per field of a dataclass, with its default and its comment as help"
     notes, own = docments(cls), own or {}
@@ -566,7 +566,7 @@ def parts_of(verb:str, # a subcommand
     from t2v_turbo.ablate import AblateOptions
     return Config, Objective, AblateOptions, WatchOptions
 
-def parser(verb:str=None, # the subcommand that will be used; the others get no options
+def parser(verb:str|None=None, # the subcommand that will be used; the others get no options
           )->argparse.ArgumentParser:
     "`t2v-turbo` and its subcommands"
     top = argparse.ArgumentParser("t2v-turbo", description="4-step text-to-video students by "
@@ -594,7 +594,7 @@ def parser(verb:str=None, # the subcommand that will be used; the others get no 
     return top
 
 # %% ../nbs/50_cli.ipynb #50faf696
-def run(argv:list=None, # arguments, `sys.argv[1:]` by default
+def run(argv:list|None=None, # arguments, `sys.argv[1:]` by default
        ):               # what the command returns
     "Parse and run one command"
     argv = sys.argv[1:] if argv is None else argv
@@ -618,7 +618,7 @@ def run(argv:list=None, # arguments, `sys.argv[1:]` by default
     return pretrain(a.out, a.scale)
 
 # %% ../nbs/50_cli.ipynb #f8171fea
-def main(argv:list=None, # arguments, `sys.argv[1:]` by default
+def main(argv:list|None=None, # arguments, `sys.argv[1:]` by default
         )->int:          # exit status
     "The console command: a user's mistake is one sentence, not a traceback"
     try: got = run(argv)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 import av
 import torch
@@ -269,6 +270,9 @@ def order(n:int, # clips
 class Dealt:
     "What all sources have in common that deal `len(self)` things in a seeded order"
     kind = "clips" # what `batch` gives: clips with captions, or "prompts" alone
+    if TYPE_CHECKING: # how many there are, by each source
+        def __len__(self)->int: ...
+
     def __init__(self, seed:int): self.seed = seed # of the order
 
     def order(self, epoch): return order(len(self), self.seed, epoch)
@@ -287,7 +291,7 @@ class Dealt:
              )->list[tuple[int, int]]: # pairs (epoch, index)
         "What the deal holds for these rows"
         pairs = [divmod(at, len(self)) for at in self.places(step, size, rows)]
-        return [(e, self.order(e)[p].item()) for e, p in pairs]
+        return [(e, int(self.order(e)[p])) for e, p in pairs]
 
 # %% ../nbs/06_data.ipynb #873a6e7d
 def reasons(skipped:list, # pairs (name, why)
@@ -299,6 +303,14 @@ def reasons(skipped:list, # pairs (name, why)
 
 class Clips(Dealt):
     "What all sources of video files have in common: rows, stand-ins, and what was skipped"
+    if TYPE_CHECKING: # written below, the last two by each source
+        def skip(self, name, why): ...
+        def batch(self, step:int, size:int,
+                  rows:slice=slice(None))->tuple[Tensor, list[str]]: ...
+        def left_out(self, where): ...
+        def load(self, i, gen)->tuple[Tensor, str]: ...
+        def name(self, i)->str: ...
+
     def __init__(self,
                  frames:int, # t
                  size:tuple[int, int], # (h w) in pixels

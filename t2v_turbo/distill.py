@@ -8,6 +8,7 @@ __all__ = ['Objective', 'Draw', 'draw', 'StepOut', 'Distillation']
 # %% ../nbs/31_distill.ipynb #2973f45f
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -92,11 +93,15 @@ class StepOut:
 # %% ../nbs/31_distill.ipynb #1b9b959b
 class Distillation(nn.Module):
     "Algorithm 1 without the optimiser: one step of consistency distillation with mixed rewards"
+    if TYPE_CHECKING: # written below
+        def ask_teacher(self, z0:Tensor, ctx:Tensor, null:Tensor, d:Draw)->tuple: ...
+        def rewards(self, x0:Tensor, prompts:list, d:Draw)->tuple: ...
+
     def __init__(self,
                  student:Student, # adapters, w-projection and, below them, the teacher
                  cfg:Objective,   # what is minimised
-                 image_reward:nn.Module=None, # may be left out if beta_img is 0
-                 video_reward:nn.Module=None, # may be left out if beta_vid is 0
+                 image_reward:nn.Module|None=None, # may be left out if beta_img is 0
+                 video_reward:nn.Module|None=None, # may be left out if beta_vid is 0
                 ):
         super().__init__()
         for n, rm in (("beta_img", image_reward), ("beta_vid", video_reward)):
@@ -113,7 +118,7 @@ class Distillation(nn.Module):
                 prompts:list,  # captions, `list[str]`
                 d:Draw,        # the step's random numbers
                 target_weights=nullcontext, # context in which the student is the target
-                pair:Pair=None, # the teacher's answers from a cache, instead of `z0` and `null`
+                pair:Pair|None=None, # the teacher's answers from a cache, not `z0` and `null`
                )->StepOut:
         "L = L_CD - beta_img J_img - beta_vid J_vid (eq. 10), per sample"
         index = d.index if pair is None else pair.index            # a cache keeps its own

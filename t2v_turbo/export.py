@@ -38,8 +38,8 @@ def fold_w(unet:UNet3DConditionModel, # a student with LoRA merged; unchanged
 
 # %% ../nbs/34_export.ipynb #be1a5271
 def export_stock(pipe:T2VTurboPipeline, # from any student of a UNet teacher
-                 out:Path,              # folder to write; must not exist
-                 w:float=None,          # guidance scale, fixed from now on; the pipeline's default
+                 out:str|Path,          # folder to write; must not exist
+                 w:float|None=None, # guidance scale, fixed from now on; the pipeline's default
                  origin_steps:int=50,   # timesteps of the training grid; 200 for T2V-Turbo-v2
                 )->Path:                # `out`
     "Write a student for `TextToVideoSDPipeline`; sample it with `guidance_scale=1`"

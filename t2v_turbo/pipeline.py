@@ -9,6 +9,7 @@ __all__ = ['T2VTurboOutput', 'T2VTurboPipeline', 'sample_teacher', 'sample_stude
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -26,16 +27,32 @@ from .teachers.base import Teacher, check_size
 from .teachers.folders import (ScaledSchedule, check_whole, load_teacher, local_folder,
                                         teacher_class)
 
-# %% ../nbs/32_pipeline.ipynb #730c6d34
+# %% ../nbs/32_pipeline.ipynb #f7d2d952
 @dataclass
 class T2VTurboOutput(BaseOutput):
     "What the pipeline returns"
-    frames:object  # clips in the layout that `output_type` asks for
+    frames:Any # clips in the layout that `output_type` asks for
 
+# %% ../nbs/32_pipeline.ipynb #730c6d34
 class T2VTurboPipeline(DiffusionPipeline):
     "Text to video in 1 to 16 steps with a consistency-distilled student"
     model_cpu_offload_seq = "text_encoder->denoiser->vae"
     _callback_tensor_inputs = ["latents", "denoised"]
+    if TYPE_CHECKING: # written below
+        def as_teacher(self, frames:int|None=None, size:tuple|None=None)->Teacher: ...
+        def resized(self, num_frames, height, width)->Teacher: ...
+        def __call__(self, prompt, num_inference_steps:int=4, guidance_scale:float|None=None,
+                     num_frames:int|None=None, height:int|None=None, width:int|None=None,
+                     generator=None, latents:Tensor|None=None, origin_steps:int=50,
+                     output_type:str="pt", return_dict:bool=True,
+                     callback_on_step_end=None)->T2VTurboOutput: ...
+        @classmethod
+        def from_student(cls, student:Student, guidance_scale:float=2.)->"T2VTurboPipeline": ...
+        @classmethod
+        def from_teacher(cls, t:Teacher, guidance_scale:float=7.5)->"T2VTurboPipeline": ...
+        @classmethod
+        def from_pretrained(cls, folder:str|Path, dtype=torch.float32,
+                            **kwargs)->"T2VTurboPipeline": ...
 
     def __init__(self,
                  vae:nn.Module,          # as in `Teacher`
@@ -46,8 +63,8 @@ class T2VTurboPipeline(DiffusionPipeline):
                  num_frames:int=16,      # default length of a clip
                  fps:int=8,              # for writing videos
                  guidance_scale:float=7.5, # default w
-                 height:int=None,        # of a clip, pixels; the VAE's own by default
-                 width:int=None,
+                 height:int|None=None,   # of a clip, pixels; the VAE's own by default
+                 width:int|None=None,
                 ):
         super().__init__()
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
@@ -56,18 +73,20 @@ class T2VTurboPipeline(DiffusionPipeline):
                                 height=height, width=width)
         self.video_processor = VideoProcessor(do_resize=False)
 
-    def as_teacher(self,
-                   frames:int=None, # of a clip; the pipeline's own if `None`
-                   size:tuple=None, # height and width, pixels; the pipeline's own if `None`
-                  )->Teacher:
-        "The same components behind the teacher protocol"
-        c, dev = self.config, self._execution_device  # weights stay where offloading put them
-        size = size or c.height and (c.height, c.width)
-        t = teacher_class(self.denoiser, self.vae)(
-            "pipeline", self.denoiser, self.vae, self.text_encoder, self.tokenizer,
-            self.scheduler, frames or c.num_frames, c.fps, **(dict(size=size) if size else {}))
-        t.latent_mean, t.latent_std = t.latent_mean.to(dev), t.latent_std.to(dev)
-        return t
+# %% ../nbs/32_pipeline.ipynb #6163570b
+@patch
+def as_teacher(self:T2VTurboPipeline,
+               frames:int|None=None, # of a clip; the pipeline's own if `None`
+               size:tuple|None=None, # height and width, pixels; the pipeline's own if `None`
+              )->Teacher:
+    "The same components behind the teacher protocol"
+    c, dev = self.config, self._execution_device  # weights stay where offloading put them
+    size = size or c.height and (c.height, c.width)
+    t = teacher_class(self.denoiser, self.vae)(
+        "pipeline", self.denoiser, self.vae, self.text_encoder, self.tokenizer,
+        self.scheduler, frames or c.num_frames, c.fps, **(dict(size=size) if size else {}))
+    t.latent_mean, t.latent_std = t.latent_mean.to(dev), t.latent_std.to(dev)
+    return t
 
 # %% ../nbs/32_pipeline.ipynb #964cfd98
 @patch
@@ -89,17 +108,17 @@ def resized(self:T2VTurboPipeline,
 def __call__(self,
               prompt,                   # a caption, or a list of them
               num_inference_steps:int=4, # 1..16; one network call each
-              guidance_scale:float=None, # w, 0 is no guidance; the student's own default if `None`
-              num_frames:int=None,      # frames of the clip
-              height:int=None,          # of the clip, pixels
-              width:int=None,
+              guidance_scale:float|None=None, # w, 0 is no guidance; the student's if `None`
+              num_frames:int|None=None,      # frames of the clip
+              height:int|None=None,          # of the clip, pixels
+              width:int|None=None,
               generator=None,           # a `torch.Generator`, or one per prompt
-              latents:Tensor=None,      # start noise `(b c t h w)`, drawn if `None`
+              latents:Tensor|None=None,      # start noise `(b c t h w)`, drawn if `None`
               origin_steps:int=50,      # solver grid the student was distilled on
               output_type:str="pt",     # pt (b t c h w), np (b t h w c), pil, latent (b c t h w)
               return_dict:bool=True,    # else a tuple, as everywhere in diffusers
               callback_on_step_end=None, # `(pipe, step, t, {latents, denoised}) -> dict`
-             )->T2VTurboOutput:
+             )->T2VTurboOutput|tuple:
     "Sample videos, the multistep consistency sampler of Algorithm 1's student"
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not 1 <= num_inference_steps <= 16:
@@ -156,7 +175,7 @@ def from_teacher(cls,
 # %% ../nbs/32_pipeline.ipynb #bc3feb57
 @patch_to(T2VTurboPipeline, cls_method=True)
 def from_pretrained(cls,
-                     folder:Path, # of a student, a converted model or a pipeline; or a hub id
+                     folder:str|Path, # of a student, a converted model or a pipeline; or a hub id
                      dtype=torch.float32, # of all weights
                      **kwargs,    # for diffusers, or for `load_teacher`
                     )->"T2VTurboPipeline":

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEACHERS', 'CACHED', 'GB', 'RESERVE', 'SWITCHES', 'NoWords', 'cast', 'teacher_on_meta', 'save_reward',
            'reward_on_meta', 'bytes_of', 'weights_of', 'optimizer_bytes', 'metered', 'Plan', 'plan_of', 'predict',
-           'plan_rows', 'plan_table']
+           'plan_rows', 'flags_of', 'plan_table']
 
 # %% ../nbs/35_plan.ipynb #4269a40a
 from contextlib import ExitStack, contextmanager
@@ -35,7 +35,7 @@ from .rewards.videoprism import videoprism_full
 from .student import Student
 from .teachers.base import Teacher, check_size
 from .teachers.folders import load_teacher
-from .teachers.memory import OPTIMIZERS, Meter, save_memory
+from .teachers.memory import OPTIMIZERS, SAVINGS, Meter, save_memory
 from .teachers.videocrafter2 import vc2_scheduler
 from .teachers.wan import WanTeacher, flow_scheduler, guided_wan
 
@@ -210,18 +210,18 @@ def metered(model:Distillation, # on any device
     teacher, params = model.student.teacher, model.student.trainable().values()
     dev, prompts = teacher.device, [f"prompt {i}" for i in range(batch)]
     with Meter(dev.type), torch.no_grad():      # what is on `meta` needs it to answer questions
-        kept = [teacher.encode_text(p) for p in (prompts, [""]*batch)] if cached else []
+        ctx, null = (teacher.encode_text(p) for p in (prompts, [""]*batch)) # null: once for a run
     d = draw(model.cfg, (batch, *teacher.latent_shape), make_gen(0))
     d = Draw(d.noise.to(dev), d.index.to(dev), d.w.to(dev), d.image_frames, d.video_frames)
     for p in params: p.grad = None
-    known = [*model.parameters(), *model.buffers(), *vars(d).values(), *kept]
+    known = [*model.parameters(), *model.buffers(), *vars(d).values(), ctx, null]
     with Meter(dev.type, known) as m, _phases(model, m):
         like = lambda: torch.rand_like(d.noise)
         pair = Pair(like(), d.index, like(), like()) if cached == "pairs" else None
-        if cached: z0, (ctx, null) = None if pair else like(), kept
+        if cached: z0 = None if pair else like()
         else:
             z0 = teacher.encode(torch.rand(batch, *teacher.video_shape, device=dev))
-            ctx, null = teacher.encode_text(prompts), teacher.encode_text([""]*batch)
+            ctx = teacher.encode_text(prompts)
         out = model(z0, ctx, null, prompts, d, pair=pair)
         with m.phase("backward"): out.loss.mean().backward()
     return m
@@ -323,11 +323,25 @@ def plan_rows(teacher:str="modelscope", # as all that follows: see `predict`
         on |= more
         yield name, predict(teacher, rewards, **on, **options)
 
+# %% ../nbs/35_plan.ipynb #17161776
+def flags_of(name:str, # a row of `SWITCHES`
+            )->str:    # empty for the first row
+    "What `t2v-turbo distill` is given for this row: its own switch and all those above it"
+    n = [row for row, _ in SWITCHES].index(name)
+    on = {k: v for _, more in SWITCHES[:n + 1] for k, v in more.items()}
+    saved = [s for s, o in zip(SAVINGS, ("denoiser", "decode", "save_rewards")) if on[o]]
+    cached = on.get("cached")
+    given = dict(dtype="bfloat16" if on["dtype"] == torch.bfloat16 else "",
+                 save_memory="all" if len(saved) == len(SAVINGS) else ",".join(saved),
+                 data=cached and f"cache/{cached}", texts=cached and "cache/texts",
+                 optimizer=on.get("optimizer"))
+    return " ".join(f"--{k} {v}" for k, v in given.items() if v)
+
 def plan_table(rows,         # of `plan_rows`, or a part of them
                gpu:float=24, # memory of the GPU, GB
                tflops:float=0, # what the GPU really does; 0: no column of seconds
               )->str:
-    "The rows as text, and how many of the switches this GPU needs"
+    "The rows as text, how many of the switches this GPU needs, and how `distill` is told so"
     rows = list(rows)
     head = f"{'':34}{'always':>8}{'peak':>8}{'total':>8}  TFLOP" + "  s/step" * bool(tflops)
     lines = [f"{head}  highest in"]
@@ -344,4 +358,5 @@ def plan_table(rows,         # of `plan_rows`, or a part of them
     else:
         names = [n for n, _ in rows[1:fits[0] + 1]]
         told = f"{gpu:g} GB are enough" + (f" with: {', '.join(names)}" if names else " as it is")
+        if flags := flags_of(rows[fits[0]][0]): told += f"\nadd to distill: {flags}"
     return "\n".join([*lines, told])

@@ -178,7 +178,7 @@ def train_reward(kind:str,       # `tiny-image` or `tiny-video`
                  pool:tuple,     # what `judged_clips` gives
                  steps:int,      # optimiser steps
                  seed:int,       # of weights and order
-                 image:TinyReward=None, # what a video reward starts from
+                 image:TinyReward|None=None, # what a video reward starts from
                 )->TinyReward:
     "A reward model from preferences for clean, whole and well-aligned clips"
     torch.manual_seed(seed); gen = make_gen(seed * 1000 + 7)
@@ -302,7 +302,7 @@ def train_flow(teacher:Teacher,   # the tiny teacher, for its VAE and words
     return train_denoiser(tiny_flow(teacher), (z0 - mean) / std, attrs, cycles, batch, gen)
 
 # %% ../nbs/41_pretrain.ipynb #e2a12b2f
-def pretrain(out:Path,         # folder for the weights, laid out as in the package
+def pretrain(out:str|Path,     # folder for the weights, laid out as in the package
              scale:float=1.,   # fraction of the steps and clips; 1 is the shipped recipe
             )->None:
     "Train VAE, rewards, judges and teacher from their seeds; skips what is already there"

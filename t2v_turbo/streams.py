@@ -23,6 +23,7 @@ from functools import lru_cache, partial
 from glob import glob
 from itertools import accumulate, groupby
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -63,7 +64,7 @@ def write_shards(clips, # folder of videos, or pairs (clip (c t h w) or path, ca
                  out, # folder to make
                  per_shard:int=1000, # clips in a shard
                  fps:int=8, # frames a second of the tensors
-                 seed:int=None, # to shuffle the clips with; by default they keep their order
+                 seed:int|None=None, # to shuffle the clips with; by default they keep their order
                 )->list[Path]: # the shards
     "Write captioned clips as tar files in the form of webdataset"
     out = Path(out)
@@ -407,7 +408,7 @@ def _folder(path):
                                         f"{path}/*.tar, or move them apart.")
     return Shards if tars else ClipFolder
 
-def _sort_of(data):
+def _sort_of(data)->Any:
     "The source that reads `data`"
     if not isinstance(data, (str, Path)): return Shards
     path, kind = Path(data), Path(data).suffix
@@ -447,7 +448,7 @@ class Prefetch:
                  size:int, # clips in a batch, over all processes
                  rows:slice=slice(None), # those of this process
                  start:int=0, # first step
-                 stop:int=None, # the step behind the last; none by default
+                 stop:int|None=None, # the step behind the last; none by default
                  ahead:int=2, # batches that may wait
                  workers:int=2, # threads
                 ):

@@ -10,12 +10,13 @@ import copy
 import json
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, ContextManager
 
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import cast_training_params
 from fastcore.basics import patch
-from peft import (LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
+from peft import (LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model,
                   set_peft_model_state_dict)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
@@ -35,11 +36,20 @@ class WProjection(nn.Linear):
 # %% ../nbs/30_student.ipynb #6da6e0dd
 class Student(nn.Module):
     "A teacher with LoRA and a w-projection: the consistency function f(zt, w, c, t) of eq. 5"
+    if TYPE_CHECKING: # written below
+        w_projection:nn.Module
+        def trainable(self)->dict: ...
+        def as_teacher(self)->ContextManager[Teacher]: ...
+        def merged(self)->nn.Module: ...
+        def tensors(self)->dict: ...
+        def save(self, folder:str|Path, about:dict|None=None, tensors:dict|None=None)->None: ...
+        def load_tensors(self, state:dict)->None: ...
+
     def __init__(self,
                  teacher:Teacher, # changed in place: its denoiser gets the adapters
                  rank:int=16,     # LoRA rank
                  seed:int=0,      # of LoRA's random half
-                 config:LoraConfig=None, # default: all of `lora_targets`, at `rank`
+                 config:PeftConfig|None=None, # default: all of `lora_targets`, at `rank`
                 ):
         super().__init__()
         if rank < 1: raise UserError(f"LoRA rank {rank} is not positive: give 1 or more")
@@ -123,21 +133,21 @@ def tensors(self:Student)->dict: # name: tensor on the CPU
 
 @patch
 def save(self:Student,
-         folder:Path,    # where to; made if it is not there
-         about:dict=None, # what else to keep in `student.json`, e.g. the training settings
-         tensors:dict=None, # of `tensors`, where one process writes what all have gathered
+         folder:str|Path, # where to; made if it is not there
+         about:dict|None=None, # what else to keep in `student.json`, e.g. the training settings
+         tensors:dict|None=None, # of `tensors`, where one process writes what all have gathered
         )->None:
     "Write LoRA and w-projection as safetensors, and which teacher they belong to"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     tensors = self.tensors() if tensors is None else tensors
     with atomic(folder / "adapter_model.safetensors") as tmp: save_file(tensors, tmp)
-    self.config.save_pretrained(folder)
+    self.config.save_pretrained(str(folder))
     options = getattr(self.teacher, "options", {})   # of `load_teacher`
     write_json(folder / "student.json", dict(teacher=self.teacher.name, options=options,
                rank=self.rank, fingerprints=self.fingerprints, about=about or {}))
 
 # %% ../nbs/30_student.ipynb #8b662f5c
-def read_tensors(path:Path, # a safetensors file
+def read_tensors(path:str|Path, # a safetensors file
                 )->dict:    # name: tensor
     "`load_file`, with one clear sentence for a file that is missing or cut off"
     if not Path(path).is_file():
@@ -152,8 +162,8 @@ def fingerprints_of(meta:dict, # what `student.json` says
     "Which teacher a saved student belongs to; older files know it in float32 only"
     return meta.get("fingerprints") or dict(float32=meta["fingerprint"])
 
-def load_student(folder:Path,          # written by `Student.save`
-                 teacher:Teacher=None, # its teacher, if it is already loaded
+def load_student(folder:str|Path,      # written by `Student.save`
+                 teacher:Teacher|None=None, # its teacher, if it is already loaded
                 )->Student:
     "A saved student on its teacher; refused if the teacher is another one"
     folder = Path(folder)
@@ -169,7 +179,7 @@ def load_student(folder:Path,          # written by `Student.save`
     if not same:
         raise UserError(f"the student in {str(folder)!r} belongs to another teacher (fingerprints "
                         f"{his}, but {teacher.name!r} has {mine})")
-    student = Student(teacher, meta["rank"], config=LoraConfig.from_pretrained(folder))
+    student = Student(teacher, meta["rank"], config=LoraConfig.from_pretrained(str(folder)))
     student.load_tensors(state)
     return student
 

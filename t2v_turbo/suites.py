@@ -136,7 +136,7 @@ def jobs(prompts:list, # from `read_suite`
 # sample: (prompts list[str], seeds list[int]) -> clips (b c t h w) in [0,1]
 def by_student(pipe:T2VTurboPipeline, # on its device
                steps:int=4,           # network calls a clip, 1..16
-               w:float=None,          # guidance scale; the student's own default if `None`
+               w:float|None=None,          # guidance scale; the student's own default if `None`
               )->Callable:            # prompts and seeds to clips
     "Sample a student, each clip from its own seed"
     pipe.set_progress_bar_config(disable=True)

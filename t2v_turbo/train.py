@@ -16,6 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, ContextManager, Iterator
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -37,7 +38,7 @@ from .student import Student, whole
 from .teachers.base import same_teacher
 from .teachers.folders import load_teacher
 from .teachers.memory import (OPTIMIZERS, PARTS, compile_denoiser, make_optimizer,
-                                       save_memory)
+                                       save_memory, savings_of)
 
 # %% ../nbs/33_train.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Config:
     lr:float = 1e-3            # AdamW's at the start, falls linearly to 0; plain CD needs 2e-4
     rank:int = 16              # LoRA rank
     dtype:str = "float32"      # of all frozen networks: float32, bfloat16 or float16
-    save_memory:int = 0        # 1: parts run again in backward, frames decoded one by one
+    save_memory:str = ""       # any of denoiser, decode, rewards, with commas between, or all
     optimizer:str = "adamw"    # or adamw8bit
     compile:int = 0            # 1: torch.compile the denoiser
     workers:int = 1            # threads that read clips ahead
@@ -88,6 +89,7 @@ def _check_config(c):
         if getattr(c, n) not in known:
             told = ", ".join(k or "nothing" for k in known)
             raise UserError(f"{n} {getattr(c, n)!r}: give one of {told}")
+    savings_of(c.save_memory)
     if c.track and find_spec(c.track) is None:
         raise UserError(f"track {c.track}: that package is not here; pip install {c.track}, or "
                         "give nothing")
@@ -95,15 +97,25 @@ def _check_config(c):
 # %% ../nbs/33_train.ipynb #f4322f9e
 class Trainer:
     "Minimise an `Objective`; one process or many"
+    if TYPE_CHECKING: # written below
+        sharded:bool
+        def fit(self)->Iterator[dict]: ...
+        def resume(self)->bool: ...
+        def save(self): ...
+        def one_step(self, feed)->dict: ...
+        def left_out(self)->list: ...
+        def together(self)->ContextManager[None]: ...
+
     def __init__(self,
                  cfg:Config,          # settings
-                 image_reward:nn.Module=None, # the tiny one by default
-                 video_reward:nn.Module=None, # the tiny one by default
+                 image_reward:nn.Module|None=None, # the tiny one by default
+                 video_reward:nn.Module|None=None, # the tiny one by default
                 ):
         if _asked_for("DEEPSPEED"): raise UserError(
             "DeepSpeed steps inside of backward, where a step without finite loss could not be "
             "left out: give configs/fsdp2.yaml, which cuts up what ZeRO-3 does")
         self.cfg, self.step, self.skipped, self.in_a_row, self.asked = cfg, 0, 0, 0, []
+        self.savings, self.null = savings_of(cfg.save_memory), {}    # length: null prompt's context
         self.before = []                 # clips that were left out before it was resumed
         self.torn = False                # whether weights and step number do not belong together
         where = ProjectConfiguration(cfg.out, logging_dir=str(Path(cfg.out) / "tracking"))
@@ -117,7 +129,8 @@ class Trainer:
         if self.texts: teacher.text_encoder = nn.Module()            # nobody asks it any more
         self.student = Student(teacher, cfg.rank, cfg.seed)
         model = self._model(image_reward, video_reward)
-        if cfg.save_memory: save_memory(teacher)
+        if self.savings:
+            save_memory(teacher, "denoiser" in self.savings, int("decode" in self.savings))
         if cfg.compile: compile_denoiser(teacher)
         self._prepare(model)
         self.params = list(self.student.trainable().values())
@@ -156,7 +169,7 @@ def _model(self:Trainer, image_reward, video_reward):
     names = cfg.reward.split(",") if cfg.reward else tiny
     kinds = {n: options_of(n) for n in (parse_reward(t)[0] for t in names)}
     own = {n: dict(dtype=getattr(torch, cfg.dtype)) for n, k in kinds.items() if "dtype" in k}
-    for n, k in kinds.items() if cfg.save_memory else ():     # images one by one, layers again
+    for n, k in kinds.items() if "rewards" in self.savings else ():  # image by image, layer again
         own[n] = own.get(n, {}) | {s: 1 for s in ("chunk", "save_memory") if s in k}
     named = rewards_from(names, own, cfg.vocabulary or None)
     return Distillation(self.student, o, image_reward or named["image"],
@@ -175,6 +188,8 @@ def _check_processes(self:Trainer):
     if acc.distributed_type == DistributedType.FSDP and not acc.is_fsdp2:
         raise UserError("FSDP of version 1 is not supported: give fsdp_version 2, as in "
                         "configs/fsdp2.yaml")
+    if self.sharded and cfg.optimizer == "adamw8bit":
+        raise UserError("adamw8bit cannot step what FSDP has cut up: give --optimizer adamw")
     if _asked_for("FSDP") and not self.sharded and acc.is_main_process:
         warnings.warn("FSDP needs several accelerators: nothing is cut up, every process holds "
                       "the whole student")
@@ -227,12 +242,13 @@ def terms(self:Trainer,
           prompts:list,  # captions, `list[str]`, length b
           d,             # their `Draw`
          )->StepOut:     # per clip, with gradient
-    "All terms of the loss of some clips"
+    "All terms of the loss of some clips; the null prompt is encoded once for each length"
     teacher, device, kind = self.student.teacher, self.accelerator.device, self.source.kind
     x, text, null, z0 = x.to(device), self.texts or teacher.encode_text, None, None
     ctx = text(prompts).to(device)
     if kind != "pairs":
-        null = text([""] * len(prompts)).to(device)
+        if (b := len(prompts)) not in self.null: self.null[b] = text([""] * b).to(device)
+        null = self.null[b]
         z0 = teacher.encode(x) if kind == "clips" else x
     with self.accelerator.autocast():
         return self.model(z0, ctx, null, prompts, d.to(device), self.target_weights,
@@ -283,7 +299,7 @@ def update(self:Trainer,
 
 # %% ../nbs/33_train.ipynb #31138906
 FREE = ("steps", "save_every", "out", "keep", "keep_every", "max_skipped", "track", "accumulate",
-        "data", "texts")            # the last two are known by what they hold, not by their place
+        "save_memory", "data", "texts") # the last two are known by what they hold, not by place
 
 @patch
 def left_out(self:Trainer)->list: # pairs (name, why), sorted

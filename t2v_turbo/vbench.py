@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from .core import UserError
+from .base import UserError
 
 # %% ../nbs/42_vbench.ipynb #09d0aa79
 QUALITY = {  # dimension: lowest, highest, weight; constants of Vchitect/VBench, scripts/constant.py

@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -73,6 +74,9 @@ def score_clips(reward,        # a reward, see `rewards.base`
 # %% ../nbs/45_watch.ipynb #71c2222c
 class Watcher:
     "Looks at the student of a `Trainer`; networks are loaded and the reference sampled once"
+    if TYPE_CHECKING: # written below
+        def look(self)->dict: ...
+
     def __init__(self,
                  trainer:Trainer, # its student is watched
                  o:WatchOptions=WatchOptions(), # what to watch
@@ -121,8 +125,8 @@ def _held_out(self:Watcher):
             raise UserError(f"held_out {name!r} is in the loss: give a reward that is not")
         device = self.trainer.accelerator.device
         return dict(held_out=(reward_named(name, path).to(device), FACTS[name].frames))
-    if self.judges is None: return {}
-    return dict(held_out=(lambda clips, prompts: judge_score(self.judges, clips, prompts), 0))
+    if (judges := self.judges) is None: return {}
+    return dict(held_out=(lambda clips, prompts: judge_score(judges, clips, prompts), 0))
 
 # %% ../nbs/45_watch.ipynb #7bb13303
 @patch
@@ -149,7 +153,7 @@ def look(self:Watcher)->dict: # a row, ready for JSON; `each` holds the scores o
 def hacked(rows:list,      # looks in order, from `Watcher.look`
            patience:int=4, # looks in a row that must say so
            p:float=.05,    # level of each paired t-test
-          )->int:          # step of the best look of the held-out reward, or None
+          )->int|None:     # step of the best look of the held-out reward, or None
     "Whether a held-out reward has fallen from its best while the trained rewards rose"
     rows = [r for r in rows if {"trained", "held_out"} <= r.get("each", {}).keys()]
     if len(rows) <= patience: return None
@@ -203,7 +207,7 @@ class _Looks:
 # %% ../nbs/45_watch.ipynb #d4bab6d1
 def watch(trainer:Trainer, # perhaps resumed
           o:WatchOptions=WatchOptions(), # how to watch it
-         )->int:           # step of the best look if the run was stopped as hacked, else None
+         )->int|None:      # step of the best look if the run was stopped as hacked, else None
     "Train with a progress bar, look at the student now and then, warn or stop when it is hacked"
     acc, cfg = trainer.accelerator, trainer.cfg
     every = o.eval_every if o.prompts or not cfg.data else 0

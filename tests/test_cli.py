@@ -196,3 +196,14 @@ def test_a_folder_that_is_no_teacher(capsys, tmp_path):
 def test_console_command():
     run = subprocess.run([sys.executable, "-m", "t2v_turbo.cli", "--version"], capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.startswith("t2v-turbo 0.")
+
+
+@pytest.mark.parametrize("argv", [["--version"], ["--help"], ["vbench", "--help"], ["no_such_verb"]], ids=" ".join)
+def test_asking_loads_no_heavy_library(argv):
+    code = ("import sys; from t2v_turbo.cli import main\n"
+            f"try: main({argv!r})\n"
+            "except SystemExit: pass\n"
+            "print('loaded:', *sorted({'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules)))")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1].strip() == "loaded:", run.stdout

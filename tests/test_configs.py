@@ -16,7 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from safetensors.torch import load_file
 
 import t2v_turbo.streams as streams
-from launching import ENV, ROOT, SMALL, finish, launch, put
+from launching import ENV, ROOT, SMALL, finish, launch, put, said
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen
 from t2v_turbo.data import read_clip
@@ -190,3 +190,53 @@ def test_fsdp2_trains_the_same_student_and_resumes(tmp_path, ddp, one, tars):
     assert same_bits(tmp_path / "two", tmp_path / "o")
     assert run_here(tmp_path / "one", tars) == 0
     check_agree(tmp_path / "one", tmp_path / "o")
+
+
+NAN = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import cpu_fsdp, torch
+from torch import distributed as dist
+from t2v_turbo.student import whole
+from t2v_turbo.train import Config, Objective, Trainer
+calls = 0
+def reward(frames, prompts):
+    "NaN in step 2, for one clip of process 1"
+    global calls; calls += 1
+    bad = float("nan") if (calls, os.environ["RANK"]) == (2, "1") else 0.
+    return frames.mean((1, 2, 3, 4)) + frames.new_tensor([bad, *[0.] * (len(frames) - 1)])
+t = Trainer(Config(out=sys.argv[1], steps=4, batch=4, rank=2, save_every=100, ema=.9, max_skipped=2, track="",
+                   objective=Objective(beta_img=0.)), video_reward=reward)
+assert t.sharded and hasattr(t.params[1], "placements")
+seen = []
+for row in t.fit():
+    local = [p.to_local().clone() for p in (*t.params, *t.ema.shadow_params)]
+    moved = bool(seen) and not all(map(torch.equal, seen[-1], local))
+    seen.append(local)
+    steps = {int(s["step"]) for s in t.opt.optimizer.state.values()}
+    told = [None] * 2
+    dist.all_gather_object(told, (moved, row["skipped"], t.in_a_row, sorted(steps), row["loss"] == row["loss"]))
+    if t.accelerator.is_main_process: print("step", row["step"], *told, sep="|", flush=True)
+params = [whole(p) for p in t.params]
+if t.accelerator.is_main_process: print("finite", all(bool(p.isfinite().all()) for p in params))
+"""
+
+
+def test_a_nan_step_under_fsdp2(tmp_path):
+    "NaN on one process of two, in step 2: skipped and counted by both, no weight moves, neither in the EMA nor in AdamW; step 3 goes on"
+    script = tmp_path / "nan.py"; script.write_text(NAN)
+    out, _ = launch("fsdp2", n=2, script=script, more=(ROOT / "tests", tmp_path / "o"))
+    lines = [l.split("|")[1:] for l in out.splitlines() if l.startswith("step|")]
+    # step, then moved, skipped, skipped in a row, AdamW's count and whether the loss is a number, on process 0 and 1
+    want = [(False, 0, 0, [1], True), (False, 1, 1, [1], False), (True, 1, 0, [2], True), (True, 1, 0, [3], True)]
+    assert lines == [[str(i), str(w), str(w)] for i, w in enumerate(want, 1)], out
+    assert "finite True" in out
+    rows = [json.loads(l) for l in (tmp_path / "o" / "log.jsonl").read_text().splitlines()]
+    assert [r["loss"] is None for r in rows] == [False, True, False, False] and rows[-1]["skipped"] == 1
+
+
+def test_fsdp2_refuses_8bit_states(tmp_path):
+    "bitsandbytes has no rule for tensors that are cut up: said before anything is made"
+    _, err = launch("fsdp2", "--out", tmp_path / "o", "--optimizer", "adamw8bit", *SMALL, code=2)
+    assert {l.split("\n")[0] for l in said(err)} == {"t2v-turbo: adamw8bit cannot step what FSDP has cut up: give --optimizer adamw"}
+    assert not (tmp_path / "o").exists()

@@ -7,12 +7,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from t2v_turbo import train
 from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.distill import Objective
+from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.student import Student, load_student
 from t2v_turbo.teachers.base import same_teacher
 from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
 from t2v_turbo.teachers.memory import Meter, compile_denoiser, make_optimizer, save_memory
 from t2v_turbo.teachers.wan import load_wan, save_wan, tiny_wan
+from t2v_turbo.train import Config, Trainer
 
 KINDS = pytest.mark.parametrize("kind", ["unet", "wan", "tiny"])
 
@@ -305,3 +309,37 @@ def test_compilation_that_fails(teacher_of):
 def test_a_copy_is_not_compiled(teacher_of):
     net = compile_denoiser(teacher_of("tiny"), backend="eager").denoiser
     assert net._compiled_call_impl is not None and copy.deepcopy(net)._compiled_call_impl is None
+
+
+SAVED = [("", ()), ("decode", ("decode",)), ("denoiser, rewards", ("denoiser", "rewards")), ("all", ("denoiser", "decode", "rewards"))]
+
+
+@pytest.mark.parametrize("text, parts", SAVED)
+def test_each_part_is_saved_alone(tmp_path, monkeypatch, text, parts):
+    "What `save_memory` names is switched on, and nothing else"
+    given = {}
+    def rewards_from(names, own, vocabulary):
+        given.update(own)
+        return dict(image=reward_named("tiny-image"), video=reward_named("tiny-video"))
+    monkeypatch.setattr(train, "rewards_from", rewards_from)
+    t = Trainer(Config(out=str(tmp_path), rank=2, track="", reward="hpsv2.1@a,viclip-l14@b", save_memory=text))
+    teacher = t.student.teacher
+    again = {n for n, m in teacher.denoiser.named_modules() if getattr(m, "gradient_checkpointing", False)}
+    assert bool(again) == ("denoiser" in parts)
+    assert getattr(teacher.vae.decoder, "pieces", 0) == ("decode" in parts)
+    for name, switch in (("hpsv2.1", "chunk"), ("viclip-l14", "save_memory")):
+        assert given[name].get(switch, 0) == ("rewards" in parts) and given[name]["dtype"] == torch.float32
+
+
+def test_memory_may_be_saved_from_the_middle_of_a_run_on(tmp_path):
+    "A run that did not fit goes on with `save_memory`; the weights are those of a run that had it all along, to rounding"
+    small = dict(steps=2, batch=2, rank=2, save_every=1, track="", objective=Objective(beta_img=0., beta_vid=0.))
+    whole = Trainer(Config(out=str(tmp_path / "a"), save_memory="all", **small))
+    for _ in whole.fit(): pass
+    begun = Trainer(Config(out=str(tmp_path / "b"), **small))
+    for _ in begun.fit(): break
+    t = Trainer(Config(out=str(tmp_path / "b"), save_memory="denoiser,decode", **small))
+    assert t.resume() and t.step == 1
+    for _ in t.fit(): pass
+    off = torch.cat([(a - b).detach().abs().flatten() for a, b in zip(whole.params, t.params)])
+    assert off.max() < 2e-3 and (off > 1e-5).float().mean() < 1e-3

@@ -2,17 +2,20 @@
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from t2v_turbo import cli, train
 from t2v_turbo.core import UserError
-from t2v_turbo.plan import (GB, RESERVE, Plan, _phases, bytes_of, metered, optimizer_bytes, plan_table, predict,
+from t2v_turbo.plan import (GB, RESERVE, SWITCHES, Plan, _phases, bytes_of, flags_of, metered, optimizer_bytes, plan_table, predict,
                             reward_on_meta, save_reward, teacher_on_meta, weights_of)
 from t2v_turbo.rewards.names import FACTS
 from t2v_turbo.teachers.memory import Meter, make_optimizer
+from t2v_turbo.train import Trainer
 
 PATH = next(p/"bench/plan.py" for p in Path(__file__).resolve().parents if (p/"bench/plan.py").is_file())
 spec = importlib.util.spec_from_file_location("bench_plan", PATH)
@@ -97,13 +100,11 @@ def test_the_goal_at_full_size():
     assert plan.gb()["total"] == pytest.approx(sum(v for k, v in plan.gb().items() if k in plan.weights or k.startswith("peak")))
 
 
-@pytest.mark.parametrize("teacher, frames", [("wan2.1-1.3b", 13), ("modelscope", 4)])
-def test_caches_take_the_text_encoder_away(teacher, frames):
+def test_a_cache_takes_the_text_encoder_away():
     "Wan's encoder asks whether its mask is full, which `meta` cannot answer by itself"
-    plans = [predict(teacher, ("hpsv2.1",), frames, (32, 32), cached=c) for c in ("", "latents", "pairs")]
-    assert [bool(p.weights["text"]) for p in plans] == [True, False, False]
-    flops = [sum(v["flops"] for v in p.phases.values()) for p in plans]
-    assert flops[0] > flops[1] > flops[2]
+    plain, cached = (predict("wan2.1-1.3b", ("hpsv2.1",), 13, (32, 32), cached=c) for c in ("", "latents"))
+    assert plain.weights["text"] > 0 == cached.weights["text"]
+    assert sum(v["flops"] for v in plain.phases.values()) > sum(v["flops"] for v in cached.phases.values())
 
 
 def test_two_rewards_of_a_kind_and_an_unknown_optimizer():
@@ -113,11 +114,35 @@ def test_two_rewards_of_a_kind_and_an_unknown_optimizer():
 
 def test_table_names_the_first_row_that_fits():
     plan = lambda gb: Plan(dict(denoiser=gb*GB), dict(student=dict(kept=0, peak=0, flops=2*10**12)), 0)
-    rows = [("nothing", plan(30)), ("one", plan(20)), ("two", plan(5))]
-    last = lambda gpu: plan_table(rows, gpu).splitlines()[-1]
-    assert last(48) == "48 GB are enough as it is" and last(24) == "24 GB are enough with: one"
-    assert last(12) == "12 GB are enough with: one, two" and "the least is 5.0 GB" in last(5)
-    assert plan_table(rows, 24).splitlines()[2].split() == ["one", "20.0", "0.0", "20.0", "2.0", "student"]
+    rows = list(zip([n for n, _ in SWITCHES], map(plan, (30, 20, 5))))
+    table = lambda gpu, rows=rows: plan_table(rows, gpu).splitlines()
+    assert table(48)[-1] == "48 GB are enough as it is" and "the least is 5.0 GB" in table(5)[-1]
+    assert table(24)[-2:] == ["24 GB are enough with: frozen weights in bfloat16", "add to distill: --dtype bfloat16"]
+    assert table(12)[-2:] == ["12 GB are enough with: frozen weights in bfloat16, denoiser run again in backward",
+                              "add to distill: --dtype bfloat16 --save_memory denoiser"]
+    assert table(12, rows[2:])[-1] == "add to distill: --dtype bfloat16 --save_memory denoiser"      # also of a part of the rows
+    assert table(24)[2].split() == ["frozen", "weights", "in", "bfloat16", "20.0", "0.0", "20.0", "2.0", "student"]
+
+
+@pytest.mark.parametrize("i", range(len(SWITCHES)), ids=lambda i: SWITCHES[i][0])
+def test_the_flags_switch_on_what_the_row_says(i, tmp_path, monkeypatch):
+    "Told to `distill`, the flags of a row give a trainer with the switches that the row was computed with"
+    seen, on = {}, {k: v for _, more in SWITCHES[:i + 1] for k, v in more.items()}
+    monkeypatch.setattr(cli, "distill", lambda cfg, *_: seen.update(cfg=cfg))
+    assert cli.main(["distill", *flags_of(SWITCHES[i][0]).split(), "--rank", "2", "--track", ""]) == 0
+    c, kind = seen["cfg"], on.get("cached", "")
+    assert getattr(torch, c.dtype) == on["dtype"] and c.optimizer == on.get("optimizer", "adamw")
+    assert (c.data, c.texts) == ((f"cache/{kind}", "cache/texts") if kind else ("", ""))
+    calls, own = [], {}
+    monkeypatch.setattr(train, "save_memory", lambda teacher, denoiser, decode: calls.append((denoiser, decode)))
+    monkeypatch.setattr(train, "rewards_from", lambda names, given, vocabulary: own.update(given) or dict(image=None, video=None))
+    Trainer(replace(c, out=str(tmp_path), data="", texts="", optimizer="adamw", reward="hpsv2.1@a,viclip-l14@b"), Tone(), Tone())
+    assert calls == ([(on["denoiser"], on["decode"])] if on["denoiser"] or on["decode"] else [])
+    assert bool(own["hpsv2.1"].get("chunk")) == bool(own["viclip-l14"].get("save_memory")) == on["save_rewards"]
+
+
+class Tone(torch.nn.Module):
+    def forward(self, frames, prompts): return frames.mean((1, 2, 3, 4))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")

@@ -7,8 +7,16 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+from t2v_turbo.caches import TextCache, build_cache
+from t2v_turbo.distill import Objective
+from t2v_turbo.streams import open_source
+from t2v_turbo.teachers.base import Teacher
+from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.train import Config, Trainer
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 ONE_STEP = """
@@ -58,9 +66,17 @@ def distill(out, *more, wait=True):
     return p.communicate(timeout=300) + (p.returncode,) if wait else p
 
 
+WHOLE = """
+import sys
+from t2v_turbo.train import Config, Trainer
+for _ in Trainer(Config(out=sys.argv[1], steps=8, batch=2, rank=4, save_every=2, track="")).fit(): pass
+"""
+
+
 def test_killed_and_resumed_is_bit_identical(tmp_path):
-    out, err, rc = distill(tmp_path / "whole")
-    assert rc == 0, err[-2000:]
+    "The command, killed and started again, against a training in Python that nobody disturbs"
+    run = subprocess.run([sys.executable, "-c", WHOLE, str(tmp_path / "whole")], env=ENV, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
     p, log = distill(tmp_path / "cut", wait=False), tmp_path / "cut" / "log.jsonl"
     for _ in range(1200):                       # kill it as soon as it has done three steps
         if log.is_file() and len(log.read_text().splitlines()) >= 3: break
@@ -110,7 +126,7 @@ def step(**more):
     return dict(row=row, grads=[p.grad for p in t.params])
 lat, txt = dict(data=f"{d}/lat"), dict(texts=f"{d}/txt")
 torch.save(dict(plain=step(), latents=step(**lat), texts=step(**lat, **txt), pairs=step(data=f"{d}/pairs", **txt),
-                memory=step(save_memory=1), both=step(data=f"{d}/pairs", save_memory=1, accumulate=2)), f"{d}/got.pt")
+                memory=step(save_memory="all"), both=step(data=f"{d}/pairs", save_memory="decode,rewards", accumulate=2)), f"{d}/got.pt")
 """
 SHARED = CACHED[:CACHED.index("build_cache(")] + CACHED[CACHED.index("def step"):CACHED.index("lat, txt")] + """
 got = step(data=f"{d}/pairs", texts=f"{d}/txt", accumulate=2)
@@ -131,3 +147,34 @@ def test_caches_and_memory_switches_keep_the_objective(tmp_path):
     for name, other in got.items():
         for k, v in plain["row"].items(): assert abs(v - other["row"][k]) < 1e-5, (name, k)
         for a, b in zip(plain["grads"], other["grads"]): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class Asked(dict):
+    "Prompts that a text encoder, or a text cache, was asked for"
+    def on(self, monkeypatch, owner, name):
+        plain = getattr(owner, name)
+        def ask(me, prompts):
+            for p in prompts: self[p] = self.get(p, 0) + 1
+            return plain(me, prompts)
+        monkeypatch.setattr(owner, name, ask)
+
+
+@pytest.mark.parametrize("where", ["encoder", "cache"])
+def test_the_null_prompt_is_encoded_once(tmp_path, monkeypatch, where):
+    "Three steps in two pieces of two clips: the empty prompt is asked for by one call of two, and what trains is the same to the bit"
+    more = dict(steps=3, batch=4, accumulate=2, rank=2, track="", objective=Objective(beta_img=0., beta_vid=0.))
+    if where == "cache":
+        prompts = [p for i in range(3) for p in open_source("", 8, (32, 32), 8).batch(i, 4)[1]]
+        build_cache("text", load_teacher("tiny"), prompts, tmp_path / "txt", dtype="float32", progress=False)
+        more["texts"] = str(tmp_path / "txt")
+    asked, rows = Asked(), []
+    asked.on(monkeypatch, *{"encoder": (Teacher, "encode_text"), "cache": (TextCache, "__call__")}[where])
+    for forget in (False, True):
+        t = Trainer(Config(out=str(tmp_path / f"o{forget}"), **more))
+        terms = t.terms
+        def anew(*args): t.null.clear(); return terms(*args)
+        if forget: t.terms = anew
+        rows.append([(r["loss"], r["grad_norm"]) for r in t.fit()])
+        assert asked.pop("") == (3 * 2 * 2 if forget else 2) and sum(asked.values()) == 3 * 4
+        asked.clear()
+    assert rows[0] == rows[1]

@@ -28,12 +28,12 @@ def run(tmp_path, monkeypatch):
 def test_every_variant_agrees(run, capsys):
     (case,) = run("--teachers", "tiny", "--parts", "agree")["cases"]
     a, *rows = case["rows"]
-    assert a["name"] == "published" and [r["name"] for r in rows] == list(bench.VARIANTS) and len(rows) == 9
+    assert a["name"] == "published" and [r["name"] for r in rows] == list(bench.VARIANTS) and len(rows) == 10
     assert set(a["terms"]) == {"loss", "cd", "r_img", "r_vid"} and all(abs(v) > 1e-4 for v in a["terms"].values())
     for r in rows:
         if "bf16" in r["name"]: assert 1e-4 < r["off"]["gradient"] < bench.BF16["gradient"]
         else: assert r["off"]["loss"] < 1e-5 and r["off"]["gradient"] < 1e-4 and r["rounding"]["gradient"] < 1e-4
-    assert capsys.readouterr().out.count("| ours, ") == 9
+    assert capsys.readouterr().out.count("| ours, ") == 10
 
 
 def test_the_options_for_a_gpu(run):

@@ -8,6 +8,7 @@ __all__ = ['SHAPES_OF_J', 'TEXTS_KEPT', 'objective', 'random_frames', 'strided_f
 
 # %% ../../nbs/20_rewards.ipynb #f3e55d4f
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,8 @@ class Mix(nn.Module):
                 frames:Tensor, # `(b c t h w)` in [0,1]
                 prompts:list,  # captions, `list[str]`, length b
                )->Tensor:      # scores `(b,)`
-        return sum(w * r(frames, prompts) for r, w in self.parts)
+        first, *rest = (w * r(frames, prompts) for r, w in self.parts)
+        return sum(rest, first)
 
 def mix(parts:dict, # reward: weight, e.g. `{hps: 1., clip: .2}`
        )->Mix:      # a reward
@@ -113,7 +115,7 @@ def at_least_fp32(x:Tensor, # any float tensor
 
 def in_chunks(f,          # a function of images `(n c h w)`
               x:Tensor,   # images `(N c h w)`
-              n:int=None, # images at once; `None`: all
+              n:int|None=None, # images at once; `None`: all
              )->Tensor:   # `f(x)`
     "`f(x)` piece by piece; backward runs each piece again instead of keeping its activations"
     if n is None or len(x) <= n: return f(x)
@@ -121,6 +123,10 @@ def in_chunks(f,          # a function of images `(n c h w)`
 
 class Reward(nn.Module):
     "A frozen network that scores clips: `prepare` the pixels, then `score` them"
+    if TYPE_CHECKING: # by each subclass
+        def prepare(self, frames:Tensor)->Tensor: ...
+        def score(self, x:Tensor, prompts:list)->Tensor: ...
+
     def __init__(self,
                  facts:Facts, # what it states about itself
                 ):
@@ -150,6 +156,10 @@ TEXTS_KEPT = 65536
 
 class CosineReward(Reward):
     "The cosine between a clip and its prompt; a subclass gives `prepare`, `vision` and `text`"
+    if TYPE_CHECKING: # by each subclass
+        def vision(self, x:Tensor)->Tensor: ...
+        def text(self, ids:Tensor)->Tensor: ...
+
     def __init__(self,
                  facts:Facts, # what it states about itself
                  tokenizer,   # of the text tower

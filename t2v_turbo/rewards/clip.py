@@ -19,6 +19,7 @@ import re
 from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ from ..core import UserError, clips_of, frames_of
 from .base import CosineReward, Facts, Reward, at_least_fp32, in_chunks
 from ..teachers.base import read_torch, tokenize
 from ..teachers.videocrafter2 import clip_tokenizer, read_merges
+
+_Net = TypeVar("_Net", bound=nn.Module)
 
 # %% ../../nbs/22_clip_rewards.ipynb #50cb25dd
 CLIP_STATS = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)
@@ -62,7 +65,7 @@ def squash(x:Tensor, # images `(n c h w)` in [0,1]
 
 def crop(x:Tensor, # images `(n c h w)` in [0,1]
          size:int, # side of the square
-         gen:torch.Generator=None, # place of the window, one for all images; `None`: the middle
+         gen:torch.Generator|None=None, # place of the window, one for all; `None`: the middle
         )->Tensor: # `(n c size size)`
     "Scale the shorter side to `size`, cut a square window"
     h, w = x.shape[-2:]
@@ -82,7 +85,7 @@ def normalise(x:Tensor,    # images `(n 3 h w)` or clips `(b 3 t h w)` in [0,1]
 # %% ../../nbs/22_clip_rewards.ipynb #d99e03db
 FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")    # endings of files of tensors
 
-def read_weights(path:Path, # `.safetensors`, or a `.pt`, `.pth`, `.bin` of tensors
+def read_weights(path:str|Path, # `.safetensors`, or a `.pt`, `.pth`, `.bin` of tensors
                 )->dict:    # name: tensor
     "The tensors of a file, without their outermost wrapping; nothing in it is executed"
     state = read_torch(path, "the published weights")
@@ -135,9 +138,9 @@ def convert(state:dict,       # name: tensor, as published
     if left: raise UserError(f"the table of {what} leaves {told(left)} empty")
     return new
 
-def fill(module:nn.Module, # built on the `meta` device
+def fill(module:_Net,     # built on the `meta` device
          state:dict,       # from `convert`
-        )->nn.Module:      # the same module, with memory for these tensors and no others
+        )->_Net:           # the same module, with memory for these tensors and no others
     "Put the tensors in place; the buffers that no file holds are counted or zero"
     module.load_state_dict(state, assign=True)
     for m in module.modules():
@@ -209,7 +212,7 @@ def size_of(state:dict, # name: tensor
 # %% ../../nbs/22_clip_rewards.ipynb #562dfc98
 def open_clip_config(state:dict,         # an OpenCLIP file
                      head:int=80,        # channels of a head in the image tower
-                     text_heads:int=None, # heads of the text tower; `None`: of 64 channels
+                     text_heads:int|None=None, # heads of the text tower; `None`: of 64 channels
                      act:str="gelu",     # `quick_gelu` for OpenAI's weights
                      what:str="CLIP",    # how an error calls the weights
                     )->CLIPConfig:
@@ -257,7 +260,8 @@ def tiny_clip(seed:int=0,   # of the weights
              )->CLIPModel:
     "A random CLIP of two layers a tower that sees 32 x 32 pixels"
     torch.manual_seed(seed)
-    each = dict(num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, hidden_act="gelu")
+    each:dict = dict(num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                     hidden_act="gelu")
     return CLIPModel(CLIPConfig(
         projection_dim=24, vision_config=dict(each, hidden_size=32, image_size=32, patch_size=8),
         text_config=dict(each, hidden_size=32, vocab_size=words, max_position_embeddings=77,
@@ -271,7 +275,7 @@ class CLIPReward(CosineReward):
                  net:CLIPModel,  # the two towers
                  tokenizer,      # of the text tower
                  fit=letterbox,  # or `squash`, `crop`: how a frame becomes a square
-                 chunk:int=None, # images at once
+                 chunk:int|None=None, # images at once
                 ):
         super().__init__(replace(facts, size=net.config.vision_config.image_size), tokenizer)
         self.net, self.fit, self.chunk = net, fit, chunk
@@ -300,7 +304,7 @@ class CLIPReward(CosineReward):
 VOCABULARY, CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz", 48894
 _SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
 
-def merges_of(path:Path, # file for `read_merges`, a `tokenizer.json`, or a folder with either
+def merges_of(path:str|Path, # file for `read_merges`, a `tokenizer.json`, or a folder with either
              )->list:    # pairs of strings, in order
     "The merges of a vocabulary in any of its usual forms"
     path = Path(path)
@@ -357,11 +361,11 @@ def named(where, # a folder, or a name on the hub
                         "a name on the hub")
     return where
 
-def pretrained(cls,        # a transformers model class
+def pretrained(cls:type[_Net], # a transformers model class
                folder:str, # folder or hub name
                dtype:torch.dtype, # of its weights
                what:str,   # how an error calls the weights
-              )->nn.Module:
+              )->_Net:
     "`from_pretrained`, refused when a tensor is missing, unexpected or of another shape"
     folder = named(folder, what)
     try: model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
@@ -392,7 +396,7 @@ def load_clip(facts:Facts,         # whose weights
               weights=None,        # OpenCLIP file, folder or hub name; `None`: `facts.weights`
               vocabulary=None,     # CLIP's merges, see `clip_merges`; for OpenCLIP files only
               dtype:torch.dtype=torch.float32, # of the network
-             )->tuple:             # `(CLIPModel, tokenizer)`
+             )->tuple[CLIPModel, Any]: # network and tokenizer
     "A CLIP and its tokenizer, from either format"
     file = weights if weights or facts.weights.count("/") < 2 else fetch(None, facts)
     if file is not None and (Path(file).is_file() or Path(file).suffix in FILES):
@@ -407,7 +411,7 @@ def load_clip(facts:Facts,         # whose weights
 def hpsv2(weights=None,        # `HPS_v2.1_compressed.pt`, or a folder; `None`: from the hub
           vocabulary=None,     # CLIP's merges, see `clip_merges`
           dtype:torch.dtype=torch.float32, # of the network
-          chunk:int=None,      # images at once
+          chunk:int|None=None,      # images at once
          )->CLIPReward:
     "HPSv2.1, which people's preferences between images have tuned"
     both = load_clip(HPS, weights, vocabulary, dtype)
@@ -416,7 +420,7 @@ def hpsv2(weights=None,        # `HPS_v2.1_compressed.pt`, or a folder; `None`: 
 def clipscore(weights=None,    # an OpenCLIP file, a folder or a hub name
               vocabulary=None, # CLIP's merges, see `clip_merges`
               dtype:torch.dtype=torch.float32, # of the network
-              chunk:int=None,  # images at once
+              chunk:int|None=None,  # images at once
              )->CLIPReward:
     "CLIPScore with LAION's ViT-H/14"
     both = load_clip(CLIPSCORE, weights, vocabulary, dtype)
@@ -425,7 +429,7 @@ def clipscore(weights=None,    # an OpenCLIP file, a folder or a hub name
 def pickscore(weights=None,    # a folder or a hub name
               vocabulary=None, # CLIP's merges; for OpenCLIP files only
               dtype:torch.dtype=torch.float32, # of the network
-              chunk:int=None,  # images at once
+              chunk:int|None=None,  # images at once
              )->CLIPReward:
     "PickScore, as a raw cosine"
     both = load_clip(PICKSCORE, weights, vocabulary, dtype)
@@ -466,7 +470,7 @@ class AestheticReward(CLIPReward):
                  facts:Facts,    # what it states about itself
                  net:CLIPModel,  # its image tower is used
                  head:nn.Linear, # from `linear_head`
-                 chunk:int=None, # images at once
+                 chunk:int|None=None, # images at once
                 ):
         super().__init__(facts, net, None, crop, chunk)
         self.head = head
@@ -483,7 +487,7 @@ class AestheticReward(CLIPReward):
 def aesthetic(weights=None,  # the head, `.pth`
               clip="openai/clip-vit-large-patch14", # folder or hub name of the image tower
               dtype:torch.dtype=torch.float32, # of the network
-              chunk:int=None, # images at once
+              chunk:int|None=None, # images at once
              )->AestheticReward:
     "The LAION aesthetic score, with either of its heads"
     if weights is None:
@@ -508,7 +512,7 @@ class ImageReward(Reward):
                  eyes:BlipVisionConfig,   # sizes of the image tower
                  words:BlipTextConfig,    # sizes of the text tower
                  tokenizer=None,          # of BERT
-                 chunk:int=None,          # images at once
+                 chunk:int|None=None,          # images at once
                 ):
         super().__init__(replace(facts, size=eyes.image_size))
         self.eyes, self.words = BlipVisionModel(eyes), BlipTextModel(words, add_pooling_layer=False)
@@ -555,8 +559,8 @@ def imagereward_table(net:ImageReward, # on the `meta` device
 
 # %% ../../nbs/22_clip_rewards.ipynb #7560b588
 def imagereward_sizes(state:dict,    # ImageReward's file
-                      heads:int=None, # of both towers; `None`: of 64 channels
-                     )->tuple:       # `(BlipVisionConfig, BlipTextConfig)`
+                      heads:int|None=None, # of both towers; `None`: of 64 channels
+                     )->tuple[BlipVisionConfig, BlipTextConfig]:
     "The sizes of both towers, read from the tensors"
     size = lambda k: size_of(state, k, IMAGEREWARD.name)
     t, v = "blip.text_encoder.", "blip.visual_encoder."
@@ -579,8 +583,8 @@ def imagereward_sizes(state:dict,    # ImageReward's file
 def imagereward(weights=None,   # `ImageReward.pt`; `None`: from the hub
                 tokenizer="google-bert/bert-base-uncased", # folder or hub name
                 dtype:torch.dtype=torch.float32, # of the network
-                chunk:int=None, # images at once
-                heads:int=None, # of both towers; `None`: of 64 channels, as published
+                chunk:int|None=None, # images at once
+                heads:int|None=None, # of both towers; `None`: of 64 channels, as published
                )->ImageReward:
     "ImageReward, from its published file"
     state = read_weights(fetch(weights, IMAGEREWARD))
@@ -597,7 +601,8 @@ def tiny_imagereward(seed:int=0, # of the weights
                     )->dict:     # name: tensor, in the published layout
     "A random ImageReward file of two layers a tower, two heads, 32 x 32 pixels and 20 words"
     torch.manual_seed(seed)
-    each = dict(num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, hidden_size=32)
+    each:dict = dict(num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                     hidden_size=32)
     net = ImageReward(IMAGEREWARD, BlipVisionConfig(**each, image_size=32, patch_size=8),
                       BlipTextConfig(**each, encoder_hidden_size=32, is_decoder=True, vocab_size=20,
                                      max_position_embeddings=40, bos_token_id=0, sep_token_id=0))

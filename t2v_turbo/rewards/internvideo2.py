@@ -167,7 +167,7 @@ class InternVideo2(VideoReward):
                  words:BertConfig, # of the text tower, with the layers that are run
                  dim:int=512,      # size of the common space
                  tokenizer=None,   # of BERT
-                 gen:torch.Generator=None, # place of the crop; `None`: the middle
+                 gen:torch.Generator|None=None, # place of the crop; `None`: the middle
                 ):
         super().__init__(replace(facts, size=eyes.image), tokenizer, gen)
         self.vision_encoder = InternVideo2Vision(eyes)
@@ -215,7 +215,7 @@ def internvideo2_sizes(state:dict,       # name: tensor, as published
                        heads:tuple=(16, 16, 16), # of the layers, the pooling, the text tower
                        layers:int=TEXT_LAYERS, # of the text tower that are run
                        frames:int=4,     # it was trained at
-                      )->tuple:          # `(Sizes, BertConfig, dim)`
+                      )->tuple[Sizes, BertConfig, int]: # the last is `dim`
     "The sizes of both towers, read from the tensors"
     size = lambda k: size_of(state, k, INTERNVIDEO2.name)
     v, b = "vision_encoder.", "text_encoder.bert."
@@ -248,7 +248,7 @@ def internvideo2(weights=None,          # the published `.pt`; `None`: from the 
                  dtype:torch.dtype=torch.float32, # of the network
                  frames:int=8,          # to look at, 4 or 8
                  save_memory:bool=False, # run each layer again in backward
-                 gen:torch.Generator=None, # place of the crop; `None`: the middle
+                 gen:torch.Generator|None=None, # place of the crop; `None`: the middle
                 )->InternVideo2:
     "InternVideo2 (second stage, 1B) as a reward"
     state = read_weights(fetch(weights, INTERNVIDEO2))

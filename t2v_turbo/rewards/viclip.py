@@ -71,7 +71,7 @@ class VideoReward(CosineReward):
     def __init__(self,
                  facts:Facts,         # what it states about itself
                  tokenizer,           # of the text tower
-                 gen:torch.Generator=None, # place of the crop; `None`: the middle
+                 gen:torch.Generator|None=None, # place of the crop; `None`: the middle
                 ):
         super().__init__(facts, tokenizer)
         self.gen = gen
@@ -90,7 +90,7 @@ class ViCLIP(VideoReward):
                  eyes:CLIPVisionConfig, # sizes of the image tower
                  words:CLIPTextConfig,  # sizes of the text tower, with its `projection_dim`
                  tokenizer=None,        # CLIP's
-                 gen:torch.Generator=None, # place of the crop; `None`: the middle
+                 gen:torch.Generator|None=None, # place of the crop; `None`: the middle
                 ):
         super().__init__(replace(facts, size=eyes.image_size), tokenizer, gen)
         self.eyes = ViCLIPVision(eyes, facts.frames, words.projection_dim)
@@ -117,7 +117,7 @@ VICLIP_B = Facts("viclip-b16", 8, 32, 224, "Apache-2.0",
 def viclip_sizes(state:dict,     # name: tensor, as published
                  heads:tuple=(), # of the image and the text tower; `()`: of 64 channels
                  what:str="ViCLIP", # how an error calls the weights
-                )->tuple:        # `(CLIPVisionConfig, CLIPTextConfig)`
+                )->tuple[CLIPVisionConfig, CLIPTextConfig]:
     "The sizes of both towers, read from the tensors"
     size = lambda k: size_of(state, k, what)
     v, t = "vision_encoder.", "text_encoder."
@@ -165,7 +165,7 @@ def viclip(weights=None,         # the published `.pth` or `.safetensors`; `None
            vocabulary=None,      # CLIP's merges, see `clip_merges`
            dtype:torch.dtype=torch.float32, # of the network
            save_memory:bool=False, # run each layer again in backward
-           gen:torch.Generator=None, # place of the crop; `None`: the middle
+           gen:torch.Generator|None=None, # place of the crop; `None`: the middle
            facts:Facts=VICLIP_L, # `VICLIP_L` or `VICLIP_B`
           )->ViCLIP:
     "ViCLIP as a reward"
@@ -197,8 +197,8 @@ def tiny_viclip(seed:int=0,    # of the weights
                )->dict:        # name: tensor, in the published layout; two heads a tower
     "A random ViCLIP file: two layers a tower, 8 frames, 32 x 32 pixels"
     torch.manual_seed(seed)
-    each = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                hidden_act="quick_gelu")
+    each:dict = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                     num_attention_heads=2, hidden_act="quick_gelu")
     net = ViCLIP(VICLIP_L, CLIPVisionConfig(**each, image_size=32, patch_size=8),
                  CLIPTextConfig(**each, vocab_size=words, max_position_embeddings=32,
                                 pad_token_id=0, projection_dim=24, bos_token_id=words - 2,

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from fastcore.basics import patch
@@ -26,7 +27,7 @@ from ..schedule import Schedule
 # %% ../../nbs/10_teachers.ipynb #ab0b9595
 def tokenize(tokenizer,         # any `transformers` tokenizer
              prompts:list,      # captions, `list[str]`
-             max_length:int=None, # tokens to pad and cut to; the tokenizer's own limit by default
+             max_length:int|None=None, # tokens to pad and cut to; by default the tokenizer's limit
             )->Tensor:          # token ids `(b n)` int64
     "Token ids padded to `max_length`; a prompt that does not fit is cut, and the cut is reported"
     max_length = max_length or tokenizer.model_max_length
@@ -43,6 +44,17 @@ def tokenize(tokenizer,         # any `transformers` tokenizer
 # %% ../../nbs/10_teachers.ipynb #6847d90c
 class Teacher(nn.Module):
     "A text-to-video diffusion model as the recipe sees it; clips and latents are `(b c t h w)`"
+    if TYPE_CHECKING: # written below, or called as other classes are
+        denoiser:Any; vae:Any; text_encoder:Any; latent_shape:tuple; video_shape:tuple
+        latent_mean:Tensor; latent_std:Tensor; device:torch.device
+        def encode_text(self, prompts:list)->Tensor: ...
+        def encode(self, clips:Tensor, gen:torch.Generator|None=None)->Tensor: ...
+        def decode(self, z:Tensor, frames:Tensor|None=None)->Tensor: ...
+        def denoise(self, zt:Tensor, t:Tensor, ctx:Tensor, w_emb:Tensor|None=None)->tuple: ...
+        def lora_targets(self)->list: ...
+        def fingerprint(self, dtype:torch.dtype|None=None)->str: ...
+        def fingerprints(self)->dict: ...
+
     def __init__(self,
                  name:str,             # how logs and saved students call it
                  denoiser:nn.Module,   # called like `UNet3DConditionModel`
@@ -52,7 +64,7 @@ class Teacher(nn.Module):
                  scheduler,            # the diffusers scheduler it was trained with
                  frames:int=16,        # frames of a clip
                  fps:int=8,            # frames a second
-                 size:tuple=None,      # height and width of a clip; the VAE's own by default
+                 size:tuple|None=None,      # height and width of a clip; the VAE's own by default
                 ):
         super().__init__()
         self.name, self.tokenizer, self.scheduler, self.fps = name, tokenizer, scheduler, fps
@@ -87,7 +99,7 @@ def encode_text(self:Teacher,
 @patch
 def encode(self:Teacher,
            clips:Tensor,        # `(b 3 t h w)` in [0,1]
-           gen:torch.Generator=None, # draws from the posterior; `None` takes its mean
+           gen:torch.Generator|None=None, # draws from the posterior; `None` takes its mean
           )->Tensor:            # normalised latents `(b c t h w)`
     "Clips to latents of about unit variance, frame by frame"
     with torch.no_grad():
@@ -99,7 +111,7 @@ def encode(self:Teacher,
 @patch
 def decode(self:Teacher,
            z:Tensor,            # latents `(b c t h w)`
-           frames:Tensor=None,  # indices of the frames to decode, all by default
+           frames:Tensor|None=None,  # indices of the frames to decode, all by default
           )->Tensor:            # clips `(b 3 t' h w)` in [0,1], differentiable in `z`
     "Latents to clips; only the frames that are asked for are decoded"
     z = z if frames is None else z[:, :, frames]
@@ -113,7 +125,7 @@ def denoise(self:Teacher,
             zt:Tensor,          # noisy latents `(b c t h w)`
             t:Tensor,           # timesteps `(b,)` int64, 0..999
             ctx:Tensor,         # context `(b n d)`
-            w_emb:Tensor=None,  # embedded guidance `(b 256)`; `None` leaves the w-projection out
+            w_emb:Tensor|None=None, # embedded guidance `(b 256)`; `None`: no w-projection
            )->tuple:            # `(x0, eps)`, both like `zt`, float32
     "One call of the network, read as data and noise"
     dtype = self.denoiser.dtype
@@ -139,7 +151,7 @@ def zero_w_projection(denoiser:nn.Module, # a denoiser built with `time_cond_pro
 # %% ../../nbs/10_teachers.ipynb #2923929b
 @patch
 def fingerprint(self:Teacher,
-                dtype:torch.dtype=None, # values are rounded to it; the denoiser's own by default
+                dtype:torch.dtype|None=None, # values are rounded to it; by default the denoiser's
                )->str:
     "16 hex digits over the names, shapes and a sample of the values of the denoiser's weights"
     h, dtype = hashlib.sha256(), dtype or self.denoiser.dtype
@@ -164,7 +176,7 @@ def same_teacher(mine:dict,   # fingerprints of one teacher
     return mine[both[0]] == theirs[both[0]] if both else None
 
 # %% ../../nbs/10_teachers.ipynb #697091a7
-def read_torch(path:Path, # written by `torch.save`, or a `.safetensors` file
+def read_torch(path:str|Path, # written by `torch.save`, or a `.safetensors` file
                give:str="the published file", # what would be right; ends the errors
               ):          # what is in it, memory-mapped where the format allows
     "What a file of weights holds; a pickle with more than tensors is refused, and nothing is run"
@@ -210,10 +222,10 @@ def check_whole(what:str,    # `"frames"` or `"fps"`
 
 # %% ../../nbs/10_teachers.ipynb #cc90b84e
 def load_part(cls:type,     # a diffusers or transformers class
-              folder:Path,  # a diffusers folder
+              folder:str|Path, # a diffusers folder
               part:str,     # name of the component
               dtype=None,   # of its weights, if it has any
-             ):             # the component
+             )->Any:        # the component
     "One component of a folder; weights come from safetensors, and every tensor must have its place"
     path, more = Path(folder)/part, dict(local_files_only=True)
     if dtype is not None: more |= dict(dtype=dtype, use_safetensors=True, output_loading_info=True,
@@ -233,14 +245,14 @@ def load_part(cls:type,     # a diffusers or transformers class
                         "give the folder as it was published or converted")
     return part
 
-def new_folder(out:Path): # to be made
+def new_folder(out:str|Path): # to be made
     "Refuse a folder that is there already"
     if Path(out).exists():
         raise UserError(f"{str(out)!r} is there already: give a folder that does not exist yet")
 
 def save_parts(parts:dict,        # name: component with `save_pretrained`
-               folder:Path,       # where to; each component in a subfolder
-               pipeline:str=None, # stock class that `model_index.json` names; `None`: no such file
+               folder:str|Path,   # where to; each component in a subfolder
+               pipeline:str|None=None, # class that `model_index.json` names; `None`: no such file
               )->None:
     "Write the components of a diffusers folder"
     for n, p in parts.items(): p.save_pretrained(Path(folder)/n)

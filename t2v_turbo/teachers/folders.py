@@ -29,7 +29,7 @@ from .wan import FlowTeacher, GuidedWan, WanTeacher, load_wan
 # %% ../../nbs/15_folders.ipynb #08d22e65
 _PLACES = ("unet", "transformer", "denoiser")   # where the network of a folder may lie
 
-def kind_of(folder:Path, # a diffusers folder
+def kind_of(folder:str|Path, # a diffusers folder
            )->str:       # class name of its network
     "The class of the network in a folder; a folder without one is refused"
     config = next((c for n in _PLACES if (c := Path(folder)/n/"config.json").is_file()), None)
@@ -54,11 +54,11 @@ def local_folder(name:str, # one of `SHIPPED`, a folder, or a hub id such as `ow
                         "that can be reached") from None
 
 # %% ../../nbs/15_folders.ipynb #9d5b9f99
-def tiny_modelscope(folder:Path, # to make
+def tiny_modelscope(folder:str|Path, # to make
                     seed:int=0,  # of the random weights
                    )->Path:      # `folder`
     "ModelScopeT2V's layout with small random networks: 32x32 pixels, latents 4x4"
-    levels = dict(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4,
+    levels:dict = dict(block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=4,
                   down_block_types=["DownEncoderBlock2D"]*4, sample_size=32,
                   up_block_types=["UpDecoderBlock2D"]*4, scaling_factor=.18215)
     with torch.random.fork_rng(devices=[]):
@@ -79,10 +79,10 @@ def tiny_modelscope(folder:Path, # to make
     return Path(folder)
 
 # %% ../../nbs/15_folders.ipynb #98801ed4
-def load_unet_teacher(folder:Path,      # ModelScopeT2V, or a converted VideoCrafter2
-                      frames:int=None,  # frames of a clip; 16 by default
-                      size:tuple=None,  # height and width; those of the training by default
-                      fps:int=None,     # frames a second; for VideoCrafter2 it is a condition
+def load_unet_teacher(folder:str|Path,  # ModelScopeT2V, or a converted VideoCrafter2
+                      frames:int|None=None,  # frames of a clip; 16 by default
+                      size:tuple|None=None,  # height and width; those of the training by default
+                      fps:int|None=None,     # frames a second; for VideoCrafter2 it is a condition
                       dtype=torch.float32, # of all weights
                      )->Teacher:
     "A teacher whose network is a `UNet3DConditionModel`"
@@ -102,7 +102,7 @@ def load_unet_teacher(folder:Path,      # ModelScopeT2V, or a converted VideoCra
     if chosen: set_fps(unet, folder, fps)
     step, latent = 2**(len(vae.config.block_out_channels) - 1), unet.config.sample_size
     latent = (latent, latent) if isinstance(latent, int) else latent
-    size = size or about.get("size") or [v*step for v in latent]
+    size = size or about.get("size") or tuple(v*step for v in latent)
     return Teacher(str(folder), with_w_projection(unet), vae, text, tokenizer,
                    load_part(DDIMScheduler, folder, "scheduler"), frames, fps,
                    check_size(size, step))
@@ -160,7 +160,7 @@ def teacher_class(denoiser:torch.nn.Module, # a teacher's network
     return CLASSES.get((type(denoiser), type(vae)), Teacher)
 
 # %% ../../nbs/15_folders.ipynb #96a062c1
-def load_teacher(name:str="tiny",    # `"tiny"`, a diffusers folder, or a hub id
+def load_teacher(name:str|Path="tiny", # `"tiny"`, a diffusers folder, or a hub id
                  scale_x0:bool=False, # with the data factor that VideoCrafter2 was trained with
                  dtype=torch.float32, # of all weights
                  **options,          # `frames`, `size`, `fps`; the teacher's own by default

@@ -43,7 +43,7 @@ def lora_order(unet:UNet3DConditionModel, # with its w-projection, without adapt
             if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d))]
 
 # %% ../../nbs/13_published.ipynb #85fb5bfd
-def read_lora(path:Path, # the published `unet_lora.pt`
+def read_lora(path:str|Path, # the published `unet_lora.pt`
              )->list:    # [up_0, down_0, up_1, ...]
     "The unnamed LoRA list of a file"
     got = read_torch(path, "T2V-Turbo's published unet_lora.pt")
@@ -101,9 +101,9 @@ def merge_fps(named:dict, # layer: (up, down); the fps layers are looked up in i
 @torch.no_grad()
 def merge_lora(unet:UNet3DConditionModel, # changed in place
                named:dict,                # layer: (up, down)
-               mlp:dict=None,             # as in `merge_fps`; needed if `named` has fps layers
+               mlp:dict|None=None,             # as in `merge_fps`; needed if `named` has fps layers
                fps:int=16,                # frames per second that go into the bias
-              )->dict:                    # the fps MLP with LoRA, `None` without
+              )->dict|None:               # the fps MLP with LoRA, `None` without
     "Add all LoRA pairs to the weights, W += up @ down"
     if (FPS[0] in named) != (mlp is not None):
         raise UserError("LoRA and fps MLP go together: give `mlp` for base 'vc2', and only there")
@@ -137,7 +137,7 @@ def w_weight(update:Tensor,    # of the LoRA pair `(c, 256)`
     print(f"w-projection: taken whole from {start}, LoRA included")
     return state[key].float()
 
-def read_state(path:Path, # a checkpoint of a UNet
+def read_state(path:str|Path, # a checkpoint of a UNet
               )->dict:    # name: tensor
     "A state dict, without nesting and without the prefix of a larger model"
     state = read_torch(path, "T2V-Turbo's published merged checkpoint")
@@ -150,7 +150,7 @@ def read_state(path:Path, # a checkpoint of a UNet
 # %% ../../nbs/13_published.ipynb #5ace6e46
 def rebuild(unet:UNet3DConditionModel, # gives the configuration
             state:dict,                # tensors of the result, not copied
-            dim:int,                   # width of the embedding of w; `None`: no w-projection
+            dim:int|None,              # width of the embedding of w; `None`: no w-projection
            )->UNet3DConditionModel:
     "A UNet with these tensors, with or without a w-projection"
     config = {k: v for k, v in unet.config.items() if k != "_use_default_values"} # all count
@@ -184,7 +184,7 @@ def to_peft(named:dict, # layer: (up, down)
             for k, v in (("A", down), ("B", up))}
 
 # %% ../../nbs/13_published.ipynb #960789a3
-def load_unet(folder:Path, # a diffusers folder, or its `unet` folder
+def load_unet(folder:str|Path, # a diffusers folder, or its `unet` folder
              )->UNet3DConditionModel:
     "The UNet of a folder, from safetensors"
     at = _unet_folder(folder)
@@ -197,7 +197,7 @@ def _unet_folder(folder):
         raise UserError(f"no UNet in {str(folder)!r}: give a diffusers folder that holds unet/")
     return at
 
-def load_fps(folder:Path, # of a converted VideoCrafter2
+def load_fps(folder:str|Path, # of a converted VideoCrafter2
             )->dict:      # `fps_embedding.{0,2}.{weight,bias}` and `time_embed.2.bias`
     "The fps MLP that diffusers' UNet has no place for"
     file = Path(folder) / FPS_FILE
@@ -233,14 +233,14 @@ def _write_adapters(out, unet, named, extra, about):
 
 # %% ../../nbs/13_published.ipynb #8fecac58
 @torch.no_grad()
-def convert_lora(path:Path,           # the published `unet_lora.pt`
-                 base_folder:Path,    # diffusers folder of its base model
-                 out:Path,            # folder to write; must not exist
+def convert_lora(path:str|Path,       # the published `unet_lora.pt`
+                 base_folder:str|Path, # diffusers folder of its base model
+                 out:str|Path,        # folder to write; must not exist
                  base:str="vc2",      # `"vc2"` or `"ms"`
                  merged:bool=False,   # write a whole model instead of adapters
                  w_projection="zero", # base of the w-projection, see `w_weight`
                  fps:int=16,          # vc2: frames per second; T2V-Turbo was trained at 16
-                 base_model:str=None, # where the student will look for its teacher; that folder
+                 base_model:str|None=None, # where the student will look for its teacher; `folder`
                 )->None:
     "Turn the published LoRA list into named safetensors, or into a merged model"
     new_folder(out); check_whole("fps", fps)
@@ -265,9 +265,9 @@ def convert_lora(path:Path,           # the published `unet_lora.pt`
     _write_adapters(out, unet, {n: p for n, p in named.items() if n not in FPS}, extra, about)
 
 # %% ../../nbs/13_published.ipynb #5c732586
-def convert_merged(path:Path,        # `t2v_turbo_vc2.pt`, `unet_no_mg.pt` or `unet_mg.pt`
-                   base_folder:Path, # diffusers folder of VideoCrafter2, for the other parts
-                   out:Path,         # folder to write; must not exist
+def convert_merged(path:str|Path,    # `t2v_turbo_vc2.pt`, `unet_no_mg.pt` or `unet_mg.pt`
+                   base_folder:str|Path, # diffusers folder of VideoCrafter2, for the other parts
+                   out:str|Path,     # folder to write; must not exist
                    fps:int=16,       # frames per second; 8 for T2V-Turbo-v2
                   )->None:
     "Turn a published merged UNet of VideoCrafter2 into a diffusers folder"

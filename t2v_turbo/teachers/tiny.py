@@ -59,7 +59,7 @@ class TinyVideoDenoiser(WanTransformer3DModel):
                 sample:Tensor,                 # noisy latents `(b c t h w)`
                 timestep:Tensor,               # `(b,)`, 0..999
                 encoder_hidden_states:Tensor,  # text context `(b n d)`
-                timestep_cond:Tensor=None,     # guidance embedding `(b 256)`
+                timestep_cond:Tensor|None=None,     # guidance embedding `(b 256)`
                 return_dict:bool=True,         # as everywhere in diffusers
                ):
         "Velocity prediction; mean text and guidance join the time, places the patches"
@@ -91,8 +91,8 @@ def tiny_tokenizer()->PreTrainedTokenizerFast:
         eos_token="<eos>", model_max_length=8)
 
 # %% ../../nbs/11_tiny_teacher.ipynb #231e9c8e
-def tiny_vae(latents_mean:list=None, # mean of each latent channel, length 4
-             latents_std:list=None,  # standard deviation of each latent channel
+def tiny_vae(latents_mean:list|None=None, # mean of each latent channel, length 4
+             latents_std:list|None=None,  # standard deviation of each latent channel
             )->AutoencoderKL:
     "A frame-wise VAE: 32x32x3 to 8x8x4"
     return AutoencoderKL(
@@ -117,9 +117,9 @@ def tiny_scheduler()->DDIMScheduler:
                          rescale_betas_zero_snr=True, set_alpha_to_one=False, steps_offset=1)
 
 # %% ../../nbs/11_tiny_teacher.ipynb #4c18fb4c
-WEIGHTS = Path(__file__).parent.parent / "weights" if "__file__" in globals() else None
+WEIGHTS = Path(globals().get("__file__", "")).parent.parent / "weights"
 
-def load_teacher(name:str="tiny", # `"tiny"`, or a folder written by `save_teacher`
+def load_teacher(name:str|Path="tiny", # `"tiny"`, or a folder written by `save_teacher`
                 )->Teacher:
     "Load a teacher, frozen and in evaluation mode"
     folder = WEIGHTS / "tiny" if name == "tiny" else Path(name)
@@ -129,16 +129,17 @@ def load_teacher(name:str="tiny", # `"tiny"`, or a folder written by `save_teach
     part = lambda cls, sub: cls.from_pretrained(folder / sub, local_files_only=True)
     meta = json.loads((folder / "teacher.json").read_text())
     return Teacher(
-        name, part(TinyVideoDenoiser, "denoiser").float(), part(AutoencoderKL, "vae").float(),
+        str(name), part(TinyVideoDenoiser, "denoiser").float(), part(AutoencoderKL, "vae").float(),
         part(CLIPTextModel, "text_encoder").float(), part(PreTrainedTokenizerFast, "tokenizer"),
         part(DDIMScheduler, "scheduler"), meta["frames"], meta["fps"])
 
 def save_teacher(teacher:Teacher, # a teacher of this notebook's classes
-                 folder:Path,     # where to; made if it is not there
+                 folder:str|Path, # where to; made if it is not there
                  half:bool=True,  # store the denoiser in float16
                 )->None:
     "Write a teacher as a diffusers folder, without pickle"
     den = teacher.denoiser
+    folder = Path(folder)
     (den.half() if half else den).save_pretrained(folder / "denoiser")
     den.float()
     for n in ("vae", "text_encoder", "tokenizer", "scheduler"):

@@ -52,7 +52,7 @@ def _within(block, layer, kind, rest):
 # %% ../../nbs/12_videocrafter2.ipynb #4bc3ea59
 def vc2_to_diffusers(name:str,     # layer or tensor of VideoCrafter2's UNet
                      layers:int=2, # residual blocks a level
-                    )->str:        # `None` for the fps embedding, which diffusers has not
+                    )->str|None:   # `None` for the fps embedding, which diffusers has not
     "The name of the same layer or tensor in `UNet3DConditionModel`"
     for old, new in _TOP.items():
         if name == old or name.startswith(old + "."): return new + name[len(old):]
@@ -217,7 +217,7 @@ def unet_from_vc2(state:dict, # VideoCrafter2's UNet, its own names without a pr
 
 # %% ../../nbs/12_videocrafter2.ipynb #ce747b59
 def set_fps(unet:nn.Module, # from a folder that `convert_videocrafter2` wrote
-            folder:Path,    # that folder
+            folder:str|Path, # that folder
             fps:int,        # frames a second
            )->nn.Module:    # the same UNet, changed in place
     "Choose another frame rate for a converted UNet"
@@ -278,7 +278,7 @@ _HEADS = {"token_embedding.weight": "embeddings.token_embedding.weight",
 _UNUSED = {"text_projection", "logit_scale", "attn_mask"}  # not on the way to the context
 
 def text_config(state:dict,     # the text tower, its own names
-                heads:int=None, # attention heads; by default of width 64
+                heads:int|None=None, # attention heads; by default of width 64
                )->dict:         # for `CLIPTextConfig`
     "The sizes of the text tower, read from its tensors; one layer less than it has"
     block, p = "transformer.resblocks.", "positional_embedding"
@@ -312,7 +312,7 @@ def text_table(config:dict, # from `text_config`
     return table | {k: ([], None) for k in _UNUSED & state.keys()}
 
 def text_from_vc2(state:dict,     # `cond_stage_model.model`, without that prefix
-                  heads:int=None, # attention heads; by default of width 64
+                  heads:int|None=None, # attention heads; by default of width 64
                  )->tuple:        # config, state dict of `CLIPTextModel`
     "The text tower up to its penultimate block, in transformers' layout"
     config = text_config(state, heads)
@@ -376,7 +376,7 @@ def tiny_videocrafter2(seed:int=0, # of the random weights
     return random_videocrafter2(vc2_sizes(tiny=True), seed)
 
 # %% ../../nbs/12_videocrafter2.ipynb #f84ca804
-def read_merges(path:Path=None, # `.txt`, `.txt.gz` or `.whl`; `None`: open_clip, if installed
+def read_merges(path:str|Path|None=None, # `.txt`, `.txt.gz` or `.whl`; `None`: open_clip's own
                )->list:         # pairs of strings, in order
     "The merges of CLIP's vocabulary; nothing is imported from where they lie"
     name, spec = "bpe_simple_vocab_16e6.txt.gz", importlib.util.find_spec("open_clip")
@@ -408,7 +408,7 @@ def clip_tokenizer(merges:list,     # from `read_merges`; as many are used as `s
                          pad_token="!", split_special_tokens=True, model_max_length=length)
 
 # %% ../../nbs/12_videocrafter2.ipynb #7cc2e4e4
-def read_checkpoint(path:Path, # `model.ckpt`
+def read_checkpoint(path:str|Path, # `model.ckpt`
                    )->dict:    # name: tensor
     "The tensors of a checkpoint, left on disk until they are used; anything else in it is refused"
     state = read_torch(path, "VideoCrafter2's published model.ckpt")
@@ -472,7 +472,7 @@ def _bytes_in(folder):
     return total
 
 @contextmanager
-def writing(folder:Path, # the files that are written while the body runs
+def writing(folder:str|Path, # the files that are written while the body runs
             total:int,   # about as many bytes as there will be
            ):
     "A progress bar of the bytes in a folder, whoever writes them"
@@ -489,10 +489,10 @@ def writing(folder:Path, # the files that are written while the body runs
         show(total)
 
 # %% ../../nbs/12_videocrafter2.ipynb #20e17480
-def convert_videocrafter2(checkpoint:Path,      # the published `model.ckpt`
-                          out:Path,             # the folder to make; must not exist
+def convert_videocrafter2(checkpoint:str|Path,  # the published `model.ckpt`
+                          out:str|Path,         # the folder to make; must not exist
                           fps:int=16,           # frame rate to fold in; `set_fps` changes it later
-                          vocabulary:Path=None, # of CLIP, see `read_merges`
+                          vocabulary:str|Path|None=None, # of CLIP, see `read_merges`
                          )->Path:               # `out`
     "Turn VideoCrafter2's checkpoint into a folder that stock diffusers loads"
     out = Path(out)

@@ -137,7 +137,7 @@ class GuidedWan(WanTransformer3DModel):
                 sample:Tensor,                 # noisy latents `(b c t h w)`
                 timestep:Tensor,               # `(b,)`, 1000 s
                 encoder_hidden_states:Tensor,  # text context `(b n d)`
-                timestep_cond:Tensor=None,     # embedded guidance `(b 256)`
+                timestep_cond:Tensor|None=None,     # embedded guidance `(b 256)`
                 return_dict:bool=True,         # as everywhere in diffusers
                ):
         "Velocity prediction; guidance is added to the embedded time"
@@ -231,7 +231,7 @@ def encode_text(self:WanTeacher,
 @patch
 def encode(self:WanTeacher,
            clips:Tensor,        # `(b 3 4k+1 h w)` in [0,1]
-           gen:torch.Generator=None, # draws from the posterior; `None` takes its mean
+           gen:torch.Generator|None=None, # draws from the posterior; `None` takes its mean
           )->Tensor:            # normalised latents `(b c k+1 h/8 w/8)`
     "Clips to latents of about unit variance"
     with torch.no_grad():
@@ -242,7 +242,7 @@ def encode(self:WanTeacher,
 @patch
 def decode(self:WanTeacher,
            z:Tensor,            # latents `(b c k+1 h w)`
-           frames:Tensor=None,  # indices of the frames to return, 0..4k; all by default
+           frames:Tensor|None=None,  # indices of the frames to return, 0..4k; all by default
           )->Tensor:            # clips `(b 3 t' 8h 8w)` in [0,1], differentiable in `z`
     "Latents to clips; the shortest prefix that holds the frames is decoded"
     if frames is not None: z = z[:, :, :-(-int(frames.max()) // self.every) + 1]
@@ -284,7 +284,7 @@ _KINDS = dict(AutoencoderKLWan=(AutoencoderKLWan, UMT5EncoderModel),
               AutoencoderKL=(AutoencoderKL, CLIPTextModel))
 
 def save_wan(teacher:FlowTeacher, # its denoiser without adapters
-             folder:Path,         # to make, or to replace
+             folder:str|Path,     # to make, or to replace
              half:bool=False,     # store the transformer in float16
             )->Path:              # `folder`
     "Write a teacher as a diffusers folder of stock classes"
@@ -319,10 +319,10 @@ def _check_fit(teacher, folder):
                         f"latents of {latents.shape[1]}: give Wan 2.1 T2V, not I2V")
 
 # %% ../../nbs/14_wan.ipynb #61765908
-def load_wan(folder:Path,      # Wan 2.1 in diffusers' layout, or from `save_wan`
-             frames:int=None,  # frames of a clip; the teacher's own by default, as below
-             size:tuple=None,  # height and width
-             fps:int=None,     # frames a second
+def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan`
+             frames:int|None=None,  # frames of a clip; the teacher's own by default, as below
+             size:tuple|None=None,  # height and width
+             fps:int|None=None,     # frames a second
              dtype=torch.float32, # of all weights; the time layers of Wan stay float32
             )->FlowTeacher:
     "Load a flow teacher, frozen and in evaluation mode"
@@ -332,7 +332,7 @@ def load_wan(folder:Path,      # Wan 2.1 in diffusers' layout, or from `save_wan
     if found[0] != "WanTransformer3DModel" or found[1] not in _KINDS:
         raise UserError(f"{str(folder)!r} holds a {found[0]} with an {found[1]}: give Wan 2.1")
     vae, text = _KINDS[found[1]]
-    given = {k: about.get(k) if v is None else v
+    given:dict = {k: about.get(k) if v is None else v
              for k, v in dict(frames=frames, fps=fps, size=size).items()}
     for k in ("frames", "fps"):
         if given[k] is not None: check_whole(k, given[k])
@@ -372,7 +372,7 @@ def wan_lora(denoiser:GuidedWan, # with LoRA of any rank and alpha, as `Student`
     return {f"transformer.{k}": v.detach().contiguous().cpu() for k, v in state.items()}
 
 def save_wan_lora(denoiser:GuidedWan, # as for `wan_lora`
-                  folder:Path,        # to make, or to replace
+                  folder:str|Path,    # to make, or to replace
                   w:float=4.,         # guidance scale to keep
                  )->Path:             # the file in it
     "Write `pytorch_lora_weights.safetensors`, as diffusers does"
