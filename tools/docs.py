@@ -5,6 +5,7 @@ done here: pages get the names that Quarto would give them, links between pages 
 and nothing is loaded from another host: KaTeX is fetched once from the npm registry and put beside the pages.
 """
 import argparse
+import ast
 import base64
 import hashlib
 import html
@@ -76,6 +77,50 @@ def unlink_code(nb):
             o["data"]["text/markdown"] = "".join(parts)
 
 
+def join_prints(nb):
+    "What a cell prints arrives in pieces, cut wherever the kernel was ready to send: one block for each stream"
+    for c in nb["cells"]:
+        whole = []
+        for o in c.get("outputs", []):
+            if whole and o["output_type"] == "stream" and (whole[-1]["output_type"], whole[-1].get("name")) == ("stream", o["name"]):
+                whole[-1] = whole[-1] | dict(text=text(whole[-1]["text"]) + text(o["text"]))
+            else: whole.append(o)
+        if c["cell_type"] == "code": c["outputs"] = whole
+
+
+def line_of(path, name):
+    "Where `name`, or `Class.method`, is defined in a file; 0 if it is not"
+    at = ast.parse(path.read_text(encoding="utf-8"))
+    for part in name.split("."):
+        at = next((n for n in getattr(at, "body", []) if getattr(n, "name", None) == part), None)
+    return at.lineno if at else 0
+
+
+def cards(nb, root):
+    """Names and signatures as nbdev shows them, in the order of the source and with the whole name
+
+    nbdev turns the functions of one cell round, and loses the class and the source of what is decorated."""
+    card = re.compile(r"(?:#\|.*\n)*show_doc\(([\w.]+)")
+    url = re.compile(r"\[source\]\((\S+/blob/\w+/)(\S+?)#L(\d+)\)(\{[^}]*\})")
+    body = lambda c: text(c["outputs"][0]["data"]["text/markdown"])
+    shown = [c for c in nb["cells"] if c["cell_type"] == "code" and card.match(text(c["source"])) and c.get("outputs")]
+    first = next((m for m in map(lambda c: url.search(body(c)), shown) if m), None)
+    for c in shown:
+        name, md = card.match(text(c["source"]))[1], body(c)
+        md = re.sub(r"^(#+) .*$", lambda m: f"{m[1]} " + name.replace("_", r"\_"), md, count=1, flags=re.M)
+        md = md.replace("*Call self as a function.*", "").replace("->__main__.", "->")      # no docstring; a class of this page
+        line = first and not url.search(md) and line_of(root / first[2], name)
+        if line: md = md.replace("---\n", f"---\n\n[source]({first[1]}{first[2]}#L{line}){first[4]}\n", 1)
+        c["outputs"][0]["data"]["text/markdown"] = md
+    run = []
+    for i, c in enumerate([*nb["cells"], None]):
+        if any(c is s for s in shown): run.append(i)
+        elif run:
+            place = lambda c: int((url.search(body(c)) or [0]*4)[3])
+            for j, old in zip(run, sorted((nb["cells"][j] for j in run), key=place)): nb["cells"][j] = old
+            run = []
+
+
 def process(root, workers):
     "nbdev's own processing -> `_proc`, then what smalldocs needs; the name of each page"
     code = f"from nbdev.serve import proc_nbs; proc_nbs(n_workers={workers if workers > 1 else 0}, force=True)"
@@ -89,7 +134,9 @@ def process(root, workers):
         names[page.as_posix()] = (page.parent / (found[1] if found else page.name)).as_posix()
         describe(nb)
         without_bars(nb)
+        join_prints(nb)
         unlink_code(nb)
+        cards(nb, root)
         nb["cells"][0]["source"] = re.sub(r"^output-file:.*\n", "", text(nb["cells"][0]["source"]), flags=re.M)
         p.write_text(json.dumps(nb), encoding="utf-8")
     assert len(set(names.values())) == len(names), "two notebooks would have the same page"
@@ -151,6 +198,10 @@ def finish(site, names, home):
         s = re.sub(r'(\s(?:href|src))="([^"]*)"',
                    lambda m: f'{m[1]}="{html.escape(relink(html.unescape(m[2]), new, names, home, ids), quote=True)}"'
                    if len(m[2]) < 2000 else m[0], s)
+        s = re.sub(r"<svg alt=", '<svg role="img" aria-label=', s)
+        s = re.sub(r"(?<=[\s(])–(?=[a-z])", "--", s)                          # an option, not a dash
+        s = re.sub(r"(<pre\b.*?</pre>)|<code>([^<]*)</code>", lambda m: m[1] or "<code>" + re.sub(
+            r"(?<![\w-])--[\w-]+", r'<span class="option">\g<0></span>', m[2]) + "</code>", s, flags=re.S)
         (site / old).unlink()
         (site / new).write_text(s, encoding="utf-8")
     found = json.loads((site / "search.json").read_text(encoding="utf-8"))
