@@ -322,6 +322,7 @@ def _open(self:Shards, s):
 # %% ../nbs/07_streams.ipynb #d8e2d661
 @patch
 def load(self:Shards, i, gen):
+    "Clip `i` of the shards, and its caption"
     s, (at, size, *text, is_json) = bisect(self._ends, i), self.spots[i].tolist()
     with self._open(s) as f:
         caption = caption_of(Part(f, *text).read(), ".json" if is_json else ".txt")

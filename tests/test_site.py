@@ -126,6 +126,32 @@ def test_every_figure_has_a_text(pages):
     assert not bare, bare
 
 
+def test_cards_are_in_the_order_of_the_source(pages):
+    "Every name of a page has its whole name and a link to its line; neighbours stand as they are defined"
+    card = r'<hr ?/?>\s*(?:<p><a href="[^"]*?(\w+\.py)#L(\d+)"[^>]*>source</a></p>)?\s*<h3 id="([^"]+)"'
+    found = {n: [(m[1], int(m[2] or 0), m[3]) for m in re.finditer(card, s)] for n, s in pages.items()}
+    assert sum(map(len, found.values())) > 500
+    assert not [(n, c) for n, cs in found.items() for c in cs if not c[1]]
+    order = [c[2] for c in found["core.html"]]
+    assert order.index("frames_of") < order.index("clips_of")                 # one cell, in this order
+    assert {"student.as_teacher", "student.merged"} <= {c[2] for c in found["student.html"]}      # decorated, and plain
+    source = (ROOT / "t2v_turbo/student.py").read_text(encoding="utf-8").splitlines()
+    line = next(c[1] for c in found["student.html"] if c[2] == "student.as_teacher")
+    assert "def as_teacher" in "".join(source[line-1:line+1])
+    assert not [n for n, s in pages.items() if "Call self as a function" in s]
+
+
+def test_what_a_cell_prints_is_one_block(pages):
+    halves = r'<div class="cell-output cell-output-(std\w+)">\s*<pre>[^<]*</pre>\s*</div>\s*<div class="cell-output cell-output-\1">'
+    assert '<div class="cell-output cell-output-stdout">' in pages["memory.html"]
+    assert not [n for n, s in pages.items() if re.search(halves, re.sub(r"</?code[^>]*>", "", s))]
+
+
+def test_options_keep_their_dashes(pages):
+    assert "--version" in visible(pages["tutorials/first_minutes.html"])
+    assert not [n for n, s in pages.items() if re.search(r"[\s(]–[a-z]", visible(s))]
+
+
 def test_pages_lead_on(pages):
     assert 'href="schedule.html"' in re.search(r'<nav class="page-navigation">.*?</nav>', pages["core.html"], flags=re.S)[0]
     alone = [n for n, s in pages.items() if 'class="page-navigation"' not in s]

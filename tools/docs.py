@@ -89,11 +89,13 @@ def join_prints(nb):
 
 
 def line_of(path, name):
-    "Where `name`, or `Class.method`, is defined in a file; 0 if it is not"
-    at = ast.parse(path.read_text(encoding="utf-8"))
-    for part in name.split("."):
-        at = next((n for n in getattr(at, "body", []) if getattr(n, "name", None) == part), None)
-    return at.lineno if at else 0
+    "Where `name`, or `Class.method`, is defined in a file, in the class or patched onto it; 0 if it is not"
+    top = ast.parse(path.read_text(encoding="utf-8")).body
+    *owner, last = name.split(".")
+    inside = [m for n in top if isinstance(n, ast.ClassDef) and [n.name] == owner for m in n.body]
+    patched = [n for n in top if isinstance(n, ast.FunctionDef) and n.args.args and n.args.args[0].arg == "self"
+               and [ast.unparse(n.args.args[0].annotation or ast.Name(*owner))] == owner]
+    return next((n.lineno for n in (inside + patched if owner else top) if getattr(n, "name", None) == last), 0)
 
 
 def cards(nb, root):
@@ -201,7 +203,7 @@ def finish(site, names, home):
         s = re.sub(r"<svg alt=", '<svg role="img" aria-label=', s)
         s = re.sub(r"(?<=[\s(])–(?=[a-z])", "--", s)                          # an option, not a dash
         s = re.sub(r"(<pre\b.*?</pre>)|<code>([^<]*)</code>", lambda m: m[1] or "<code>" + re.sub(
-            r"(?<![\w-])--[\w-]+", r'<span class="option">\g<0></span>', m[2]) + "</code>", s, flags=re.S)
+            r"(?<![\w-])--[\w-]+|-&gt;", r'<span class="option">\g<0></span>', m[2]) + "</code>", s, flags=re.S)
         (site / old).unlink()
         (site / new).write_text(s, encoding="utf-8")
     found = json.loads((site / "search.json").read_text(encoding="utf-8"))

@@ -85,7 +85,9 @@ class Teacher(nn.Module):
 
 # %% ../../nbs/10_teachers.ipynb #ba4d3a94
 @patch(as_prop=True)
-def device(self:Teacher)->torch.device: return self.latent_mean.device
+def device(self:Teacher)->torch.device: # of its weights
+    "Where it is"
+    return self.latent_mean.device
 
 @patch
 def encode_text(self:Teacher,
