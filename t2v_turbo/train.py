@@ -115,7 +115,7 @@ class Trainer:
             "DeepSpeed steps inside of backward, where a step without finite loss could not be "
             "left out: give configs/fsdp2.yaml, which cuts up what ZeRO-3 does")
         self.cfg, self.step, self.skipped, self.in_a_row, self.asked = cfg, 0, 0, 0, []
-        self.savings, self.null = savings_of(cfg.save_memory), {}    # length: null prompt's context
+        self.null = {}                   # length: the null prompt's context
         self.before = []                 # clips that were left out before it was resumed
         self.torn = False                # whether weights and step number do not belong together
         where = ProjectConfiguration(cfg.out, logging_dir=str(Path(cfg.out) / "tracking"))
@@ -129,8 +129,8 @@ class Trainer:
         if self.texts: teacher.text_encoder = nn.Module()            # nobody asks it any more
         self.student = Student(teacher, cfg.rank, cfg.seed)
         model = self._model(image_reward, video_reward)
-        if self.savings:
-            save_memory(teacher, "denoiser" in self.savings, int("decode" in self.savings))
+        if saved := savings_of(cfg.save_memory):
+            save_memory(teacher, "denoiser" in saved, int("decode" in saved))
         if cfg.compile: compile_denoiser(teacher)
         self._prepare(model)
         self.params = list(self.student.trainable().values())
@@ -169,7 +169,8 @@ def _model(self:Trainer, image_reward, video_reward):
     names = cfg.reward.split(",") if cfg.reward else tiny
     kinds = {n: options_of(n) for n in (parse_reward(t)[0] for t in names)}
     own = {n: dict(dtype=getattr(torch, cfg.dtype)) for n, k in kinds.items() if "dtype" in k}
-    for n, k in kinds.items() if "rewards" in self.savings else ():  # image by image, layer again
+    saved = "rewards" in savings_of(cfg.save_memory)           # image by image, layer again
+    for n, k in kinds.items() if saved else ():
         own[n] = own.get(n, {}) | {s: 1 for s in ("chunk", "save_memory") if s in k}
     named = rewards_from(names, own, cfg.vocabulary or None)
     return Distillation(self.student, o, image_reward or named["image"],

@@ -19,7 +19,7 @@ os.environ |= dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", ACCELERATE_US
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
-from t2v_turbo.checkpoints import claim  # noqa: E402
+from t2v_turbo.checkpoints import Checkpoints, claim  # noqa: E402
 from t2v_turbo.train import Config, Objective, Trainer  # noqa: E402
 
 # no rewards: they have no state of their own; a checkpoint every step, so that many kills fall into one
@@ -62,11 +62,6 @@ def start(out, n):
 def wait(pids): return [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]
 
 
-def last_saved(out):
-    "The step of the newest whole checkpoint (the log may be a step ahead of it, and goes back to it)"
-    return max((int(f.stem.split("-")[1]) for f in (Path(out) / "checkpoints").glob("step-*.pt")), default=0)
-
-
 def main(out, n, kills, seed):
     dice, out = random.Random(seed), Path(out)
     begun = time.time()
@@ -80,7 +75,7 @@ def main(out, n, kills, seed):
         codes = wait(pids)
         assert -9 in codes, f"the run was over before the kill: {codes}"
         in_save += bool([*(out / "cut").glob("**/.tmp-*")])
-        steps.append(last_saved(out / "cut"))
+        steps.append(max(Checkpoints(out / "cut").steps(), default=0))    # the log may be a step ahead, and goes back to it
     assert wait(start(out / "cut", n)) == [0] * n
     print(json.dumps(dict(kills=kills, in_save=in_save, steps=steps, seconds=whole)))
 
