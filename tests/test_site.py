@@ -194,7 +194,9 @@ def visit(browser, url):
         page.wrong = []
         page.on("pageerror", lambda e: page.wrong.append(str(e)))
         page.on("console", lambda m: page.wrong.append(m.text) if m.type == "error" else None)
-        page.on("requestfailed", lambda r: page.wrong.append(f"failed: {r.url}"))
+        # what is still on its way when the page is left (an icon, a video) is broken off by the browser itself
+        page.on("requestfailed", lambda r: page.wrong.append(f"failed: {r.url}") if r.failure != "net::ERR_ABORTED" else None)
+        page.on("response", lambda r: page.wrong.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
         page.on("request", lambda r: page.wrong.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
         page.goto(f"{url}/{path}")
         return page
@@ -225,7 +227,7 @@ def test_an_equation_is_drawn(visit):
 def test_a_video_plays(visit):
     page = visit("core.html")
     page.locator("video").first.scroll_into_view_if_needed()
-    page.wait_for_function("(v => v && v.readyState >= 2 && v.currentTime > 0)(document.querySelector('video'))", timeout=10_000)
+    page.wait_for_function("(v => v && v.readyState >= 2 && v.currentTime > 0)(document.querySelector('video'))", timeout=30_000)
     assert page.evaluate("document.querySelector('video').videoWidth") == 128
 
 
@@ -233,7 +235,7 @@ def test_search_finds_and_leads_there(visit, url):
     page = visit("index.html")
     page.locator("#quarto-search input, input[type=search], .search input").first.fill("pseudo_huber")
     hit = page.locator("a[href*='consistency.html']", has_text=re.compile("huber", re.I)).first
-    hit.wait_for(timeout=5_000)
+    hit.wait_for(timeout=30_000)
     hit.click()
     page.wait_for_url(re.compile("consistency.html"))
     assert not page.wrong

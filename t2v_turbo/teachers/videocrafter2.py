@@ -13,6 +13,7 @@ __all__ = ['FPS_FILE', 'PREFIXES', 'vc2_to_diffusers', 'vc2_layers', 'vc2_lora_l
 import gzip
 import importlib.util
 import math
+import os
 import re
 import threading
 import zipfile
@@ -466,9 +467,10 @@ def _describe(folder, fps, left_out):
 
 def _bytes_in(folder):
     total = 0
-    for p in folder.rglob("*"):
-        try: total += p.stat().st_size
-        except FileNotFoundError: pass                          # renamed at this moment
+    for path, _, files in os.walk(folder):                      # passes over folders that just went
+        for f in files:
+            try: total += os.path.getsize(os.path.join(path, f))
+            except FileNotFoundError: pass                      # renamed at this moment
     return total
 
 @contextmanager
