@@ -23,6 +23,9 @@ PER_NODE=${PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}         # processes on each machi
 MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 PORT=${PORT:-$((10000 + SLURM_JOB_ID % 20000))}
 export CONFIG PER_NODE MAIN PORT LAUNCH=${LAUNCH:-}     # LAUNCH: more options of `accelerate launch`
+if [ "${SLURM_CPUS_PER_TASK:-}" ]; then                 # since SLURM 22.05 srun does not take --cpus-per-task from the job
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+fi
 
 stopped=
 trap 'stopped=1; kill -TERM "$job"' TERM                # srun hands it on to all machines

@@ -119,7 +119,8 @@ def run_cell(cfg:Config,         # from `cell_config`
     out = Path(cfg.out)
     if (out / "rows.json").is_file(): return False
     with claim(out):
-        trainer = Trainer(cfg); trainer.resume(); watch(trainer, looks)
+        trainer = Trainer(cfg); trainer.resume()
+        watch(trainer, looks if looks.eval_every else replace(looks, held_out=""))  # judged below
         rows = [cell | row for row in judge_cell(trainer, looks, steps)]
         write_json(out / "rows.json", rows)
         shutil.rmtree(out / "checkpoints")
@@ -146,9 +147,10 @@ def _settle(cfg, o, looks):
 # %% ../nbs/46_ablate.ipynb #31279138
 def _devices(jobs):
     "Which GPU each worker gets, `None` for a CPU"
-    n = torch.cuda.device_count()
+    n, ids = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    ids = ids.split(",") if ids else range(n)                 # those that the user has left us
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [i % n if n else None for i in range(jobs or n or free)]
+    return [ids[i % n] if n else None for i in range(jobs or n or free)]
 
 def _free(queue):
     "In every new process: where it finds a device that is free"
@@ -174,7 +176,8 @@ def collect(out:str|Path, # folder of an ablation
     names = json.loads((Path(out) / "ablation.json").read_text())["over"]
     rows.sort(key=lambda r: [r[k] for k in (*names, "seed", "sample_steps")])
     with atomic(Path(out) / "rows.csv") as tmp, open(tmp, "w", newline="") as f:
-        w = csv.DictWriter(f, list(rows[0])); w.writeheader(); w.writerows(rows)
+        columns = dict.fromkeys(k for r in rows for k in r)   # not every cell has every score
+        w = csv.DictWriter(f, list(columns)); w.writeheader(); w.writerows(rows)
     return rows
 
 # %% ../nbs/46_ablate.ipynb #301afc24
@@ -185,6 +188,8 @@ def ablate(cfg:Config,         # what all cells share; `out` is the folder of th
     "Train and judge every cell of a grid that is not done yet"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("ablate starts its own processes: run it without accelerate launch")
+    if cfg.data and not looks.prompts:
+        raise UserError("there is no caption to judge by: with data give prompts, a text file")
     from t2v_turbo import ablate as own            # by a name that other processes find, too
     todo, steps = cells(o, cfg), [int(s) for s in o.sample_steps.split(",")]
     for n in steps: replace(looks, student_steps=n)          # refused before anything is trained
@@ -222,7 +227,9 @@ def by_setting(rows:list,  # of one ablation
               )->dict:     # values of `names`: (mean, standard deviation over seeds, number)
     "Mean and spread over everything that is not told apart"
     groups = {}
-    for r in rows: groups.setdefault(tuple(r[n] for n in names), []).append(r[field])
+    for r in rows:
+        key = tuple(r[n] for n in names)
+        if r.get(field, "") != "": groups.setdefault(key, []).append(r[field])
     return {k: (statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else float("nan"), len(v))
             for k, v in groups.items()}
 

@@ -396,8 +396,9 @@ def claim_folder(folder,     # of a cache to build or to go on with
                 )->Path:
     "Write the index, or make sure that the one that is there says the same"
     folder, old = Path(folder), None
-    if (folder/"cache.json").is_file(): old = read_about(folder)
-    elif folder.exists() and any(not p.name.startswith(".tmp-") for p in folder.iterdir()):
+    full = folder.exists() and any(not p.name.startswith(".tmp-") for p in folder.iterdir())
+    if (folder/"cache.json").is_file(): old = read_about(folder)  # perhaps another's, of just now
+    elif full:
         raise UserError(f"{str(folder)!r} holds other files: give a new folder for the cache")
     if old: refuse_other(folder, old, {k: v for k, v in about.items()
                                        if k not in ("samples", "teacher")}, exactly=True)

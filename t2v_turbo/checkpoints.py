@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import threading
+import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +39,10 @@ def claim(folder:str|Path, # output folder of a run; made if it is not there
         raise UserError(f"cannot write to the output folder {str(folder)!r} ({e.strerror}): choose "
                         "another --out") from None
     os.write(fd, f"{os.getpid()} {host}".encode()); os.close(fd)
-    for part in ("", "checkpoints", "student"):      # what only the holder of the claim writes
-        for left in (folder / part).glob(".tmp-*"): shutil.rmtree(left)
+    for part in ("checkpoints", "student"):          # what only the holder of the claim writes
+        for left in (folder / part).glob(".tmp-*"): shutil.rmtree(left, ignore_errors=True)
+    for left in folder.glob(".tmp-*"):               # perhaps another command is at work here
+        if time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left, ignore_errors=True)
     try: yield folder
     finally: lock.unlink(missing_ok=True)
 

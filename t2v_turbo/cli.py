@@ -12,6 +12,8 @@ __all__ = ['ABLATE', 'MS_MODEL', 'CONVERT', 'add_options', 'read_options', 'Dist
 # %% ../nbs/50_cli.ipynb #451ff71a
 import argparse
 import errno
+import math
+import os
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -76,10 +78,11 @@ def distill(cfg=None,     # a `train.Config`
     from t2v_turbo.checkpoints import claim
     from t2v_turbo.data import reasons
     from t2v_turbo.train import Config, Trainer
-    from t2v_turbo.watch import WatchOptions, watch
+    from t2v_turbo.watch import WatchOptions, look_every, watch
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()
     if extra.match_official: cfg = replace(cfg, objective=cfg.objective.as_published())
-    trainer = Trainer(cfg)                       # refuses bad input before the folder is touched
+    look_every(cfg, looks)                       # this and the next line refuse bad input
+    trainer = Trainer(cfg)                       # before the folder is touched
     main = trainer.accelerator.is_main_process
     with claim(cfg.out) if main else nullcontext(), trainer.together():
         resumed = trainer.resume()
@@ -94,7 +97,9 @@ def distill(cfg=None,     # a `train.Config`
         gone = trainer.left_out()
         if main and gone: print(f"{len(gone)} clips were left out, as {cfg.out}/left_out.json "
                                 f"tells: {reasons(gone)}")
-        return report(trainer, extra, looks) if main else {}
+        told = report(trainer, extra, looks) if main else {}
+    trainer.accelerator.state.destroy_process_group()   # else its threads may end the process badly
+    return told
 
 # %% ../nbs/50_cli.ipynb #d6e44894
 def samplers(student,       # the one just trained
@@ -110,9 +115,12 @@ def samplers(student,       # the one just trained
     from t2v_turbo.teachers.folders import load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
     who = student.teacher.name
-    teacher, w = load_teacher(who), looks.student_w
+    device, w = student.teacher.device, looks.student_w       # all on one, in one precision
+    dtype = next(student.teacher.vae.parameters()).dtype
+    teacher = load_teacher(who, dtype=dtype).to(device)
     by = lambda s: lambda prompts, seed: sample_student(s, prompts, make_gen(seed), 4, w)
-    cd = [Sampler("cd", 4, 4, by(load_student(WEIGHTS / "tiny-cd")))] if who == "tiny" else []
+    cd = [Sampler("cd", 4, 4, by(load_student(WEIGHTS / "tiny-cd").to(device)))]
+    cd = cd if who == "tiny" else []
     return [Sampler("teacher", 50, 100, lambda prompts, seed: sample_teacher(
                 teacher, prompts, make_gen(seed), 50, extra.teacher_w)),
             *cd, Sampler(name, 4, 4, by(student))]
@@ -134,7 +142,9 @@ def report(trainer, # a trained `Trainer`
         return dict(student=str(out / "student"))
     prompts = [caption(*a) for a in combos("heldout").tolist()]
     plain = not (cfg.objective.beta_img or cfg.objective.beta_vid)
-    student = load_student(out / "student") if trainer.sharded else trainer.student
+    whole = not (trainer.sharded or trainer.texts)     # else it cannot be asked, or not for all
+    student = trainer.student
+    if not whole: student = load_student(out / "student").to(trainer.accelerator.device)
     who = samplers(student, extra, looks, "cd (this run)" if plain else "turbo")
     judges = load_judges()
     rows = [evaluate(s, prompts, judges, seed=cfg.seed, repeats=extra.repeats) for s in who]
@@ -180,6 +190,8 @@ class SampleOptions:
 
     def __post_init__(self):
         if not 1 <= self.steps <= 16: raise UserError(f"steps is {self.steps}: give 1 to 16")
+        if not math.isfinite(self.w): raise UserError(f"w is {self.w}: give a number")
+        if not 0 <= self.seed < 2**63: raise UserError(f"seed is {self.seed}: give 0 to 2^63 - 1")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise UserError(f"dtype {self.dtype!r}: give float32, bfloat16 or float16")
         if self.format not in ("mp4", "gif"):
@@ -192,9 +204,11 @@ def sample(o:SampleOptions=SampleOptions(), # what to sample
           )->list:                          # paths of the videos
     "Sample a student and write mp4 or gif files"
     from t2v_turbo.core import make_gen, pick_device, write_video
+    from t2v_turbo.data import read_text
     from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.teachers.tiny import WEIGHTS
-    prompts = Path(o.prompts).read_text().splitlines() if o.prompts else [o.prompt]
+    if Path(o.out).is_file(): raise UserError(f"out {o.out!r} is a file: give a folder")
+    prompts = read_text(o.prompts).splitlines() if o.prompts else [o.prompt]
     prompts = [p.strip() for p in prompts if p.strip()]
     if not prompts: raise UserError(f"prompt file {o.prompts!r} is empty: write one caption a line")
     import torch
@@ -236,9 +250,13 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # whom to judge
     from t2v_turbo.evaluate import Sampler, evaluate as judged, load_judges, print_table
     from t2v_turbo.pipeline import sample_student, sample_teacher
     from t2v_turbo.student import load_student
-    from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher
+    from t2v_turbo.teachers.folders import load_teacher
+    from t2v_turbo.teachers.tiny import WEIGHTS
     from t2v_turbo.world import caption, combos
-    student, teacher = load_student(o.student or WEIGHTS / "tiny-cd"), load_teacher("tiny")
+    if o.out and Path(o.out).is_dir():
+        raise UserError(f"out {o.out!r} is a folder: give the name of a file")
+    student = load_student(o.student or WEIGHTS / "tiny-cd")
+    teacher = load_teacher(student.teacher.name)
     prompts, net = [caption(*a) for a in combos("heldout").tolist()], load_judges()
     who = [Sampler("teacher", o.steps, 2 * o.steps, lambda p, seed: sample_teacher(
                teacher, p, make_gen(seed), o.steps, o.w)),
@@ -627,6 +645,12 @@ def main(argv:list|None=None, # arguments, `sys.argv[1:]` by default
     except KeyboardInterrupt as e:                 # or `Stopped` by a signal, which says more
         print(str(e) or "stopped; the same command goes on where it was", file=sys.stderr)
         return 128 + getattr(e, "signum", 2)
+    except BrokenPipeError:                        # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as e:
+        print(f"t2v-turbo: {e.filename} cannot be used ({e.strerror}): give another path",
+              file=sys.stderr)
+        return 2
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS): raise
         print(f"t2v-turbo: {e.filename or 'a file'} cannot be written ({e.strerror}): make room "

@@ -87,6 +87,8 @@ def atomic(path): # the file or folder to appear at the end; its folder is made 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.tmp-') as d:
         tmp = Path(d)/path.name
         yield tmp
+        if path.is_dir() and not tmp.is_dir():
+            raise UserError(f'{str(path)!r} is a folder: give the name of a file')
         if path.is_dir(): os.replace(path, f'{d}/.old') # a folder cannot be renamed over another
         os.replace(tmp, path)
 

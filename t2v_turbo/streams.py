@@ -106,12 +106,19 @@ def tar_members(path, # a tar file
 def samples(members:list, # triples (name, offset, size)
            )->dict: # stem -> {ending: (offset, size)}
     "The members of a tar by their stems; only those that have a video or a caption"
-    out = {}
-    for name, at, n in members:
-        folder, slash, base = name.rpartition("/")
-        stem, dot, rest = base.partition(".")
-        if stem and not stem.startswith("__"):
-            out.setdefault(folder + slash + stem, {})["." + rest.rpartition(".")[2].lower()] = at, n
+    last = {name: (name, at, n) for name, at, n in members}.values()  # a name that came again
+    def by_stem(cut):
+        out, clash = {}, False
+        for name, at, n in last:
+            folder, slash, base = name.rpartition("/")
+            stem, ending = cut(base)
+            if stem and not base.startswith(("__", ".")):
+                parts, e = out.setdefault(folder + slash + stem, {}), "." + ending.lower()
+                clash = clash or e in parts
+                parts[e] = at, n
+        return out, clash
+    out, clash = by_stem(lambda base: (base.partition(".")[0], base.rpartition(".")[2]))
+    if clash: out, _ = by_stem(lambda base: base.rpartition(".")[::2])
     return {stem: m for stem, m in out.items() if m.keys() & {*VIDEO, ".txt", ".json"}}
 
 def caption_of(data:bytes, # what stands in the file

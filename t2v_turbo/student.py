@@ -117,19 +117,23 @@ def merged(self:Student)->nn.Module: # a copy of the denoiser; the student stays
     return net.requires_grad_(False).eval()
 
 # %% ../nbs/30_student.ipynb #bbb34d05
-def whole(p:Tensor, # a tensor, perhaps cut up by FSDP; then every process has to ask
+def whole(p:Tensor, # any shape `(...)`, perhaps cut up by FSDP2 or ZeRO-3: then all have to ask
          )->Tensor: # all of it, on the CPU
     "A tensor in one piece"
+    if hasattr(p, "ds_id"):                        # DeepSpeed has cut it up
+        import deepspeed
+        with deepspeed.zero.GatheredParameters([p]): return p.detach().cpu().clone()
     p = p.detach()
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu()
 
 @patch
 def tensors(self:Student)->dict: # name: tensor on the CPU
     "What `save` writes; if the denoiser is cut up, every process has to ask"
-    state = get_peft_model_state_dict(self.teacher.denoiser)
-    state |= {n: p for n, p in self.trainable().items() if "cond_proj" in n}
-    state |= {n: self.teacher.denoiser.get_parameter(n) for n in self.whole}
-    return {k: whole(v).contiguous() for k, v in state.items()}
+    mine = {n: whole(p) for n, p in self.trainable().items()}
+    state = get_peft_model_state_dict(self.teacher.denoiser, state_dict=mine)
+    state |= {n: p for n, p in mine.items() if "cond_proj" in n}
+    state |= {n: whole(self.teacher.denoiser.get_parameter(n)) for n in self.whole}
+    return {k: v.contiguous() for k, v in state.items()}
 
 @patch
 def save(self:Student,
@@ -169,7 +173,13 @@ def load_student(folder:str|Path,      # written by `Student.save`
     folder = Path(folder)
     if not (folder / "student.json").is_file():
         raise UserError(f"no student in {str(folder)!r}: there is no student.json")
-    meta = json.loads((folder / "student.json").read_text())
+    try:
+        meta = json.loads((folder / "student.json").read_text())
+        if not {"teacher", "rank"} <= meta.keys(): raise ValueError("teacher or rank is missing")
+        json.loads((folder / "adapter_config.json").read_text())
+    except (ValueError, AttributeError, OSError) as e:
+        raise UserError(f"the student in {str(folder)!r} is damaged ({e}): take another copy, or "
+                        "save it again by going on with its run") from None
     state = read_tensors(folder / "adapter_model.safetensors")
     teacher = teacher or load_teacher(meta["teacher"], **meta.get("options", {}))
     his, mine = fingerprints_of(meta), teacher.fingerprints()

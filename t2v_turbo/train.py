@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, ContextManager, Iterator
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (InitProcessGroupKwargs, ProjectConfiguration,
+                              broadcast_object_list, gather_object)
 from diffusers.training_utils import EMAModel
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optimizer_state_dict,
                                                      set_optimizer_state_dict)
@@ -39,6 +41,7 @@ from .teachers.base import same_teacher
 from .teachers.folders import load_teacher
 from .teachers.memory import (OPTIMIZERS, PARTS, compile_denoiser, make_optimizer,
                                        save_memory, savings_of)
+from .zero import Zero, check_zero, load, load_whole, moments
 
 # %% ../nbs/33_train.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Config:
     compile:int = 0            # 1: torch.compile the denoiser
     workers:int = 1            # threads that read clips ahead
     ema:float = 0.             # decay of the target's EMA; 0: stop-gradient of the student
-    clip:float = 1.            # gradient norm is clipped to this
+    clip:float = 1.            # gradient norm is clipped to this; inf: not at all
     seed:int = 0               # of everything that is random
     save_every:int = 50        # steps between checkpoints
     keep:int = 3               # how many of the last checkpoints stay
@@ -82,7 +85,9 @@ def _check_config(c):
     "Refuse settings that cannot be meant"
     for n in ("steps", "batch", "accumulate", "rank", "workers", "save_every", "max_skipped"):
         if getattr(c, n) < 1: raise UserError(f"{n} is {getattr(c, n)}: give 1 or more")
-    if c.lr <= 0: raise UserError(f"lr is {c.lr}: give a positive learning rate")
+    if not 0 < c.lr < math.inf: raise UserError(f"lr is {c.lr}: give a positive learning rate")
+    if not c.clip > 0: raise UserError(f"clip is {c.clip}: give a positive norm; inf clips nothing")
+    if not 0 <= c.seed < 2**40: raise UserError(f"seed is {c.seed}: give 0 to {2**40 - 1}")
     if not 0 <= c.ema < 1: raise UserError(f"ema is {c.ema}: give a decay in [0, 1)")
     for n, known in (("dtype", ("float32", "bfloat16", "float16")), ("optimizer", OPTIMIZERS),
                      ("track", ("tensorboard", "wandb", "trackio", ""))):
@@ -111,22 +116,20 @@ class Trainer:
                  image_reward:nn.Module|None=None, # the tiny one by default
                  video_reward:nn.Module|None=None, # the tiny one by default
                 ):
-        if _asked_for("DEEPSPEED"): raise UserError(
-            "DeepSpeed steps inside of backward, where a step without finite loss could not be "
-            "left out: give configs/fsdp2.yaml, which cuts up what ZeRO-3 does")
         self.cfg, self.step, self.skipped, self.in_a_row, self.asked = cfg, 0, 0, 0, []
         self.null = {}                   # length: the null prompt's context
         self.before = []                 # clips that were left out before it was resumed
         self.torn = False                # whether weights and step number do not belong together
-        where = ProjectConfiguration(cfg.out, logging_dir=str(Path(cfg.out) / "tracking"))
-        self.accelerator = acc = Accelerator(       # else it overlooks torchrun without a GPU
-            cpu=pick_device().type == "cpu", log_with=cfg.track or None, project_config=where)
+        self.zero = None                 # DeepSpeed, if it was asked for
+        self.accelerator = _accelerator(cfg)
         self._check_processes()
         self.store = Checkpoints(cfg.out, cfg.keep, cfg.keep_every)
         teacher = self._teacher()
         self.source = self._source(teacher)
         self.texts = open_cache(cfg.texts, teacher) if cfg.texts else None
-        if self.texts: teacher.text_encoder = nn.Module()            # nobody asks it any more
+        if self.texts:                   # nobody asks the encoder any more
+            teacher.text_encoder = nn.Module()
+            teacher.encode_text = lambda prompts: self.texts(prompts).to(teacher.device)
         self.student = Student(teacher, cfg.rank, cfg.seed)
         model = self._model(image_reward, video_reward)
         if saved := savings_of(cfg.save_memory):
@@ -179,6 +182,19 @@ def _model(self:Trainer, image_reward, video_reward):
 # %% ../nbs/33_train.ipynb #0c598d4f
 def _asked_for(engine): return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
 
+def _accelerator(cfg):
+    "Accelerate's view of all processes; on a CPU they talk through gloo"
+    zero, cpu = _asked_for("DEEPSPEED"), pick_device().type == "cpu"
+    if zero: check_zero(int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)),
+                        os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+                        cfg.optimizer, cfg.ema, bool(cfg.compile))
+    where = ProjectConfiguration(cfg.out, logging_dir=str(Path(cfg.out) / "tracking"))
+    gloo = [InitProcessGroupKwargs(backend="gloo")] if cpu and zero else []
+    acc = Accelerator(cpu=cpu and not zero, kwargs_handlers=gloo,  # else it overlooks torchrun
+                      log_with=cfg.track or None, project_config=where)
+    if zero: load_whole(acc)
+    return acc
+
 @patch
 def _check_processes(self:Trainer):
     "Refuse a batch that cannot be shared, and what accelerate would do otherwise than asked"
@@ -186,28 +202,36 @@ def _check_processes(self:Trainer):
     if cfg.batch % (acc.num_processes * cfg.accumulate): raise UserError(
         f"batch {cfg.batch} cannot be shared by {acc.num_processes} processes"
         + (f" in {cfg.accumulate} pieces" if cfg.accumulate > 1 else "") + ": give a multiple")
+    if acc.mixed_precision == "fp16": raise UserError(
+        "fp16 needs a scaled loss, which checkpoints do not hold: give --mixed_precision bf16 or "
+        "no; --dtype float16, for the frozen networks, is another thing and may stay")
     if acc.distributed_type == DistributedType.FSDP and not acc.is_fsdp2:
         raise UserError("FSDP of version 1 is not supported: give fsdp_version 2, as in "
                         "configs/fsdp2.yaml")
-    if self.sharded and cfg.optimizer == "adamw8bit":
+    if acc.is_fsdp2 and cfg.optimizer == "adamw8bit":
         raise UserError("adamw8bit cannot step what FSDP has cut up: give --optimizer adamw")
-    if _asked_for("FSDP") and not self.sharded and acc.is_main_process:
+    if _asked_for("FSDP") and not acc.is_fsdp2 and acc.is_main_process:
         warnings.warn("FSDP needs several accelerators: nothing is cut up, every process holds "
                       "the whole student")
 
 # %% ../nbs/33_train.ipynb #5f130509
 @patch(as_prop=True)
 def sharded(self:Trainer)->bool:
-    "Whether FSDP cuts the denoiser up: then every process has to call it, or none"
-    return self.accelerator.is_fsdp2
+    "Whether FSDP2 or ZeRO-3 cuts the denoiser up: then every process has to call it, or none"
+    return self.accelerator.is_fsdp2 or bool(self.zero and self.zero.stage == 3)
 
 @patch
 def _prepare(self:Trainer, model):
-    "Model and optimiser on their device; FSDP gets the denoiser, which it cuts up block by block"
+    "Model and optimiser on their device; who cuts the denoiser up gets it block by block"
     acc, cfg, net = self.accelerator, self.cfg, self.student.teacher.denoiser
-    if not self.sharded: model.to(acc.device)
+    if not acc.is_fsdp2: model.to(acc.device)
     opt = make_optimizer(cfg.optimizer, self.student.trainable().values(), cfg.lr)
-    if not self.sharded:
+    if acc.distributed_type == DistributedType.DEEPSPEED:
+        micro = cfg.batch // (acc.num_processes * cfg.accumulate)
+        self.zero = Zero(acc, model, net, opt, micro, cfg.clip)
+        self.model, self.opt = model, self.zero.opt
+        return
+    if not acc.is_fsdp2:
         self.model, self.opt = acc.prepare(model, opt)
         self.synced = self.model                   # what `no_sync` is asked of
         return
@@ -228,8 +252,9 @@ def target_weights(self:Trainer):
     "Within this context the student carries its EMA weights (eq. 6)"
     if self.ema is None: yield; return
     self.ema.store(self.params); self.ema.copy_to(self.params)
+    torch.clear_autocast_cache()         # it holds bf16 copies of the weights that were here
     try: yield
-    finally: self.ema.restore(self.params)
+    finally: self.ema.restore(self.params); torch.clear_autocast_cache()
 
 @patch
 def rows(self:Trainer)->slice: # of the batch, those that this process works on
@@ -251,9 +276,11 @@ def terms(self:Trainer,
         if (b := len(prompts)) not in self.null: self.null[b] = text([""] * b).to(device)
         null = self.null[b]
         z0 = teacher.encode(x) if kind == "clips" else x
-    with self.accelerator.autocast():
-        return self.model(z0, ctx, null, prompts, d.to(device), self.target_weights,
-                          x if kind == "pairs" else None)
+    how = self.zero or self.accelerator
+    with how.autocast():
+        step = self.zero.model if self.zero else self.model
+        return step(z0, ctx, null, prompts, d.to(device), self.target_weights,
+                    x if kind == "pairs" else None)
 
 # %% ../nbs/33_train.ipynb #ebdb94bf
 TERMS = ("loss", "cd", "j_img", "j_vid", "r_img", "r_vid")
@@ -269,30 +296,35 @@ def backward(self:Trainer,
     d = draw(cfg.objective, shape, make_gen(cfg.seed * 1_000_003 + self.step))
     d, n, got = d.rows(mine), len(prompts) // cfg.accumulate, []
     for i in range(0, len(prompts), n):
-        piece = slice(i, i + n)
-        with acc.no_sync(self.synced) if i + n < len(prompts) else nullcontext():
+        piece, last = slice(i, i + n), i + n >= len(prompts)
+        with nullcontext() if last or self.zero else acc.no_sync(self.synced):
             out = self.terms(x[piece], prompts[piece], d.rows(piece))
-            loss, good = out.loss.mean(), bool(out.loss.isfinite().all())
-            if not good and not self.sharded: loss = sum(0. * p.sum() for p in self.params)
-            acc.backward(loss / cfg.accumulate)
+            loss, good = out.loss.mean() / cfg.accumulate, bool(out.loss.isfinite().all())
+            if self.zero: self.zero.backward(loss if good else loss * math.nan, last)
+            else:
+                if not good and not self.sharded: loss = sum(0. * p.sum() for p in self.params)
+                acc.backward(loss)
         means = torch.stack([getattr(out, k).detach().mean() for k in TERMS])
         got.append(torch.cat([means, means.new_tensor([not good, bool(self.asked)])]))
     row = acc.reduce(torch.stack(got).mean(0), "mean").tolist()
     return dict(zip((*TERMS, "bad", "asked"), row))
 
+# %% ../nbs/33_train.ipynb #ebdb94c0
 @patch
 def update(self:Trainer,
            skip:bool=False, # drop the gradient instead of using it
           )->float:         # gradient norm before clipping
     "One optimiser step on the gradient that `backward` left"
     for g in self.opt.param_groups: g["lr"] = self.cfg.lr * (1 - self.step / self.cfg.steps)
-    norm = self.accelerator.clip_grad_norm_(self.params, self.cfg.clip)
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    self.torn = True
-    if not (skip := skip or not math.isfinite(norm)):
-        self.opt.step()
-        if self.ema is not None: self.ema.step(self.params)
-    self.opt.zero_grad()
+    if self.zero: self.torn = True; norm, moved = self.zero.step()
+    else:
+        norm = self.accelerator.clip_grad_norm_(self.params, self.cfg.clip)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self.torn = True
+        if moved := not skip and math.isfinite(norm): self.opt.step()
+        self.opt.zero_grad()
+    skip = not moved
+    if moved and self.ema is not None: self.ema.step(self.params)
     self.skipped, self.in_a_row = self.skipped + skip, (self.in_a_row + 1) * skip
     self.step += 1
     self.torn = False
@@ -300,7 +332,8 @@ def update(self:Trainer,
 
 # %% ../nbs/33_train.ipynb #31138906
 FREE = ("steps", "save_every", "out", "keep", "keep_every", "max_skipped", "track", "accumulate",
-        "save_memory", "data", "texts") # the last two are known by what they hold, not by place
+        "save_memory", "workers", "compile", "vocabulary",
+        "data", "texts", "teacher")     # the last three are known by what they hold, not by place
 
 @patch
 def left_out(self:Trainer)->list: # pairs (name, why), sorted
@@ -308,12 +341,16 @@ def left_out(self:Trainer)->list: # pairs (name, why), sorted
     own = [(str(name), why) for name, why in getattr(self.source, "skipped", ())]
     return sorted({*self.before, *gather_object(own)})
 
+def _trained(model): return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
 @patch
 def state(self:Trainer)->dict:
     "All that a run depends on, for `torch.save`; every process has to ask"
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    opt = get_optimizer_state_dict(self.accelerator.unwrap_model(self.model), self.opt.optimizer,
-                                   options=options) if self.opt.optimizer.state else None
+    model = self.accelerator.unwrap_model(self.model)
+    if self.zero: opt = moments(self.zero, _trained(model))
+    else: opt = get_optimizer_state_dict(model, self.opt.optimizer,
+                                         options=options) if self.opt.optimizer.state else None
     ema = self.ema and self.ema.state_dict()
     if ema: ema["shadow_params"] = [whole(p) for p in ema["shadow_params"]]
     return dict(step=self.step, skipped=self.skipped, in_a_row=self.in_a_row, optimizer=opt,
@@ -322,6 +359,7 @@ def state(self:Trainer)->dict:
                 left_out=self.left_out(), fingerprints=self.student.fingerprints, ema=ema,
                 params={n: whole(p) for n, p in self.student.trainable().items()})
 
+# %% ../nbs/33_train.ipynb #31138907
 @patch
 def save(self:Trainer):
     "Write a checkpoint and, for everybody else, `student/`; every process has to ask"
@@ -334,9 +372,10 @@ def save(self:Trainer):
             if gone := state["left_out"]: write_json(
                 Path(self.cfg.out) / "left_out.json", [dict(name=n, why=w) for n, w in gone])
         except CannotSave as e: why = str(e)
-        except OSError as e:
+        except (OSError, SafetensorError) as e:
             why = (f"the student of step {self.step} cannot be written to {self.cfg.out!r} "
-                   f"({e.strerror}): make room and run again; the checkpoint is there")
+                   f"({getattr(e, 'strerror', e)}): make room and run again; the checkpoint is "
+                   "there")
     if why := broadcast_object_list([why])[0]: raise CannotSave(why)
 
 # %% ../nbs/33_train.ipynb #21285b79
@@ -379,11 +418,16 @@ def _like(v, p):
 @torch.no_grad()
 def restore(self:Trainer, state:dict):
     "Take over what `state` gave"
-    for n, p in self.student.trainable().items(): p.copy_(_like(state["params"][n], p))
-    if state["optimizer"] is not None:
-        set_optimizer_state_dict(self.accelerator.unwrap_model(self.model), self.opt.optimizer,
-                                 state["optimizer"], options=StateDictOptions(
-                                     full_state_dict=True, ignore_frozen_params=True))
+    model, mine = self.accelerator.unwrap_model(self.model), self.student.trainable()
+    if self.zero:
+        short = {id(p): n for n, p in mine.items()}
+        load(self.zero, named := _trained(model),
+             {n: state["params"][short[id(p)]] for n, p in named.items()}, state["optimizer"])
+    else:
+        for n, p in mine.items(): p.copy_(_like(state["params"][n], p))
+        if state["optimizer"] is not None: set_optimizer_state_dict(
+            model, self.opt.optimizer, state["optimizer"], options=StateDictOptions(
+                full_state_dict=True, ignore_frozen_params=True))
     if self.ema is not None:
         self.ema.load_state_dict(state["ema"])
         self.ema.shadow_params = list(map(_like, self.ema.shadow_params, self.params))

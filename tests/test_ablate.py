@@ -1,5 +1,6 @@
 "A grid of students: every cell once, stopped and resumed, the same numbers in any company"
 import json
+import math
 import os
 import pickle
 import shutil
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from t2v_turbo.ablate import (AblateOptions, ablate, ablation_table, by_setting, cell_config, cell_name, cells, collect, frontier,
-                              read_table)
+from t2v_turbo.ablate import (_devices, AblateOptions, ablate, ablation_table, by_setting, cell_config, cell_name, cells, collect, frontier,
+                              read_table, run_cell)
 from t2v_turbo.checkpoints import Stopped
 from t2v_turbo.cli import main
 from t2v_turbo.core import UserError
@@ -90,6 +91,17 @@ def test_a_cell_that_fails_is_named(tmp_path):
         ablate(replace(cfg, steps=20), replace(o, seeds="0"), LOOKS)
 
 
+def test_a_held_out_reward_is_asked_at_the_end(tmp_path):
+    "Without looks while it trains, which `watch` alone would refuse"
+    cfg, o = two(tmp_path / "a")
+    cell = cells(o, cfg)[0]
+    assert run_cell(cell_config(cfg, cell), cell, replace(LOOKS, held_out="tiny-video"), [1])
+    row, = json.loads((Path(cell_config(cfg, cell).out) / "rows.json").read_text())
+    judges = sum(math.log(max(row[k], 1e-6)) for k in ("shape", "colour", "motion", "clean"))
+    print(row["held_out"], row["r_vid"], row)
+    assert row["train_steps"] == 2
+
+
 def test_stopped_and_gone_on_with(tmp_path):
     "Ctrl-C in the middle of a cell: what is done stays, the cell goes on where it was"
     call = [sys.executable, "-m", "t2v_turbo.cli", "ablate", "--out", str(tmp_path), "--over", "beta_img=0 beta_vid=0", "--seeds", "0",
@@ -140,3 +152,22 @@ def test_a_committed_cell_again(tmp_path):
     for k in ("shape", "colour", "motion", "clean"): assert abs(new[k] - old[k]) <= .05, k    # other CPUs round otherwise
     for k in ("r_img", "r_vid", "held_out", "motion_amount", "saturation", "high_frequency", "distance"):
         assert abs(new[k] - old[k]) <= .05 * abs(old[k]), (k, new[k], old[k])
+
+
+def test_cells_without_a_score_are_blank(tmp_path):
+    "With captions of one's own a cell without a reward has no score of it"
+    for i, row in enumerate((dict(beta_img=0., seed=0, sample_steps=4, m=1.), dict(beta_img=1., seed=0, sample_steps=4, r_img=2., m=3.))):
+        (tmp_path / "cells" / str(i)).mkdir(parents=True)
+        (tmp_path / "cells" / str(i) / "rows.json").write_text(json.dumps([row]))
+    (tmp_path / "ablation.json").write_text(json.dumps(dict(over=dict(beta_img=[0., 1.]))))
+    collect(tmp_path)
+    rows = read_table(tmp_path / "rows.csv")
+    assert [r["r_img"] for r in rows] == ["", 2.]
+    assert by_setting(rows, ("beta_img",), "r_img").keys() == {(1.,)} and by_setting(rows, ("beta_img",), "m").keys() == {(0.,), (1.,)}
+
+
+def test_workers_get_the_devices_that_are_left(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for seen, want in (("2,3", ["2", "3", "2"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b", "GPU-a"]), (None, [0, 1, 0])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False) if seen is None else monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        assert _devices(3) == want

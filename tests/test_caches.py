@@ -102,7 +102,7 @@ def calls(n, then):
     return count
 
 
-def files(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.name[0] != '.'}
+def files(folder): return {p.name: p.read_bytes() for p in folder.glob('[!.]*')}      # none in a folder that is not there yet
 
 
 # --- the numbers ---------------------------------------------------------------------------------
@@ -496,3 +496,16 @@ def test_folders_that_hold_something_else(teacher, tmp_path):
         build_cache('text', teacher, World(), tmp_path/'t', progress=False)
     with pytest.raises(UserError, match='a source of clips was given where prompts are needed'):
         build_cache('samples', teacher, World(), tmp_path/'s', samples=4, progress=False)
+
+
+def test_two_that_start_one_cache(whole, tmp_path, monkeypatch):
+    "One writes the index while the other looks around in the folder: it is not taken for a stranger's"
+    about, look, folder = caches.read_about(whole), type(tmp_path).iterdir, tmp_path/'c'
+    folder.mkdir()
+    def late(self):
+        (self/'cache.json').write_bytes((whole/'cache.json').read_bytes())
+        return look(self)
+    monkeypatch.setattr(type(tmp_path), 'iterdir', late)
+    assert caches.claim_folder(folder, about) == folder
+    monkeypatch.undo(); (folder/'cache.json').rename(folder/'other.txt')
+    with pytest.raises(UserError, match='holds other files'): caches.claim_folder(folder, about)

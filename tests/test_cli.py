@@ -10,14 +10,17 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from t2v_turbo.cli import main
-from t2v_turbo.core import write_video
-from t2v_turbo.student import load_student
+from t2v_turbo.core import make_gen, write_video
+from t2v_turbo.evaluate import Sampler, evaluate, load_judges
+from t2v_turbo.pipeline import sample_teacher
+from t2v_turbo.student import Student, load_student
 from t2v_turbo.teachers import folders
-from t2v_turbo.teachers.folders import tiny_modelscope
+from t2v_turbo.teachers.folders import load_teacher as load_any, tiny_modelscope
 from t2v_turbo.teachers.published import layer_shapes, load_unet, with_w_projection
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
 from t2v_turbo.teachers.videocrafter2 import tiny_videocrafter2
 from t2v_turbo.checkpoints import claim
+from t2v_turbo.world import caption, combos
 
 
 def refused(capsys, *argv):
@@ -43,6 +46,15 @@ def test_steps(capsys, tmp_path, steps):
 @pytest.mark.parametrize("beta", ["beta_img", "beta_vid"])
 def test_negative_beta(capsys, tmp_path, beta):
     assert f"{beta} is -0.5" in refused(capsys, "distill", f"--{beta}", "-0.5", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_own_data_and_no_captions_to_look_at(capsys, tmp_path):
+    "A held-out reward, and an ablation, which judges at its end, need them: said before anything is loaded"
+    (tmp_path / "clips").mkdir()
+    call = lambda *words: refused(capsys, *words, "--data", tmp_path / "clips", "--out", tmp_path / "o")
+    assert "held_out 'tiny-video' would never be asked: give prompts" in call("distill", "--held_out", "tiny-video")
+    assert "no caption to judge by: with data give prompts" in call("ablate", "--over", "beta_vid=0", "--seeds", "0")
     assert not (tmp_path / "o").exists()
 
 
@@ -79,6 +91,17 @@ def test_student_of_another_teacher(capsys, tmp_path):
     meta = tmp_path / "student" / "student.json"
     meta.write_text(meta.read_text().replace('"tiny"', f'"{tmp_path / "teacher"}"', 1))
     assert "belongs to another teacher" in refused(capsys, "evaluate", "--student", tmp_path / "student")
+
+
+def test_evaluate_loads_the_teacher_of_the_student(tmp_path):
+    "Its row is that of `tiny-flow`, and not that of `tiny`"
+    flow, rows = load_any("tiny-flow"), tmp_path / "rows.json"
+    Student(flow, 2).save(tmp_path / "student")
+    assert main(["evaluate", "--student", str(tmp_path / "student"), "--steps", "1", "--repeats", "1", "--out", str(rows)]) == 0
+    got, judges, prompts = json.loads(rows.read_text())[0], load_judges(), [caption(*a) for a in combos("heldout").tolist()]
+    row = lambda t: evaluate(Sampler("teacher", 1, 2, lambda p, seed: sample_teacher(t, p, make_gen(seed), 1, 2.)), prompts, judges, repeats=1)
+    flow, tiny = row(load_any("tiny-flow")), row(load_teacher("tiny"))
+    assert got["motion_amount"] == pytest.approx(flow["motion_amount"]) and got["motion_amount"] != pytest.approx(tiny["motion_amount"], rel=.01)
 
 
 def test_long_prompt_is_reported(tmp_path, capsys):
@@ -207,3 +230,20 @@ def test_asking_loads_no_heavy_library(argv):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].strip() == "loaded:", run.stdout
+
+
+def test_paths_and_numbers_that_cannot_be_meant(capsys, tmp_path):
+    "One sentence each, before anything is sampled"
+    (tmp_path / "file").touch(); (tmp_path / "latin1.txt").write_bytes("un caf\xe9".encode("latin-1"))
+    assert "is a file: give a folder" in refused(capsys, "sample", "--out", tmp_path / "file")
+    assert "is not UTF-8 text: save it as UTF-8" in refused(capsys, "sample", "--prompts", tmp_path / "latin1.txt")
+    assert "is not UTF-8 text: save it as UTF-8" in refused(capsys, "distill", "--prompts", tmp_path / "latin1.txt", "--out", tmp_path / "o")
+    assert "give another path" in refused(capsys, "cache", "text", tmp_path / "file" / "c", "--samples", "4")
+    assert "w is nan: give a number" in refused(capsys, "sample", "--w", "nan")
+    assert "give 0 to 2^63 - 1" in refused(capsys, "sample", "--seed", 10**20)
+
+
+def test_a_reader_that_has_enough():
+    "`t2v-turbo vbench check | head -1` ends without a traceback"
+    run = subprocess.run(f"{sys.executable} -m t2v_turbo.cli reward list | head -1", shell=True, capture_output=True, text=True)
+    assert run.stdout.startswith("name") and "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr

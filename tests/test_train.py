@@ -1,6 +1,7 @@
 "Training: the objective on one and on two processes, kills and resumes, through the real commands"
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -9,13 +10,19 @@ import time
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from t2v_turbo.caches import TextCache, build_cache
+from t2v_turbo.checkpoints import CannotSave
+from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.distill import Objective
 from t2v_turbo.streams import open_source
+from t2v_turbo.student import load_student
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.teachers.tiny import WEIGHTS
 from t2v_turbo.train import Config, Trainer
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
@@ -178,3 +185,44 @@ def test_the_null_prompt_is_encoded_once(tmp_path, monkeypatch, where):
         assert asked.pop("") == (3 * 2 * 2 if forget else 2) and sum(asked.values()) == 3 * 4
         asked.clear()
     assert rows[0] == rows[1]
+
+
+def test_the_student_is_not_called_with_the_targets_copies(tmp_path, monkeypatch):
+    "An EMA target that is far away: a step under bf16 autocast, which keeps copies of weights, is that of float32 to bf16's rounding"
+    def step(precision):
+        AcceleratorState._reset_state(True)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        t = Trainer(Config(out=str(tmp_path / precision), batch=2, rank=2, ema=.5, track="", objective=Objective(beta_img=0., beta_vid=0.)))
+        assert t.accelerator.mixed_precision == precision
+        gen = make_gen(3)
+        for p in t.ema.shadow_params: p.add_(.1 * torch.randn(p.shape, generator=gen))
+        return t.backward()["cd"], torch.cat([p.grad.flatten() for p in t.params])
+    try: (a, ga), (b, gb) = step("no"), step("bf16")
+    finally: monkeypatch.undo(); AcceleratorState._reset_state(True)
+    assert abs(a - b) < .05 * a and torch.cosine_similarity(ga, gb, dim=0) > .95, (a, b)
+
+
+def test_fp16_steps_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    AcceleratorState._reset_state(True)
+    try:
+        with pytest.raises(UserError, match="give --mixed_precision bf16 or no"): Trainer(Config(out=str(tmp_path / "o"), track=""))
+    finally: monkeypatch.delenv("ACCELERATE_MIXED_PRECISION"); AcceleratorState._reset_state(True)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_student_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    "safetensors has an error of its own for a full disk"
+    t = Trainer(Config(out=str(tmp_path / "o"), batch=2, rank=2, track="", objective=Objective(beta_img=0., beta_vid=0.)))
+    def full(*a): raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(t.student, "save", full)
+    with pytest.raises(CannotSave, match="No space left on device.*make room"): t.save()
+    assert t.store.steps() == [0]
+
+
+@pytest.mark.parametrize("name, text", [("student.json", None), ("student.json", "{"), ("student.json", "{}"), ("student.json", "[]"),
+                                        ("adapter_config.json", "{"), ("adapter_config.json", None)])
+def test_a_damaged_student_is_named(tmp_path, name, text):
+    shutil.copytree(WEIGHTS / "tiny-cd", tmp_path / "s")
+    (tmp_path / "s" / name).unlink() if text is None else (tmp_path / "s" / name).write_text(text)
+    with pytest.raises(UserError, match="no student in|is damaged"): load_student(tmp_path / "s")

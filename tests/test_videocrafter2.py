@@ -291,6 +291,16 @@ def test_vocabulary_as_text_gz_and_wheel(vocabulary, tmp_path):
     assert vc2.read_merges(tmp_path/"open_clip_torch-0-py3-none-any.whl") == want
 
 
+def test_no_vocabulary_is_told(checkpoint, tmp_path, monkeypatch):
+    "One sentence that says what to give, with a path that is not there and with none"
+    monkeypatch.setattr(vc2.importlib.util, "find_spec", lambda name: None)
+    path = checkpoint(vc2.tiny_videocrafter2())
+    give = "give with --vocabulary the wheel that `pip download --no-deps open_clip_torch` brings, or the bpe_simple_vocab_16e6.txt.gz in it"
+    for named, what in ((None, "CLIP's vocabulary was not given"), (tmp_path/"lost.whl", f"no vocabulary at {tmp_path}/lost.whl")):
+        with pytest.raises(UserError) as e: vc2.convert_videocrafter2(path, tmp_path/"out", vocabulary=named)
+        assert str(e.value) == f"{what}: {give}" and not (tmp_path/"out").exists()
+
+
 def test_open_clip_is_never_imported(tmp_path):
     "Its wheel needs torchvision; only its data file is read"
     (tmp_path/"open_clip").mkdir()

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2v_turbo.caches import build_cache, open_cache
 from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Objective, Trainer
-from t2v_turbo.watch import Watcher, WatchOptions, hacked, read_rows, score_clips, watch
+from t2v_turbo.world import World
+from t2v_turbo.watch import Watcher, WatchOptions, hacked, look_every, read_rows, score_clips, watch
 
 RUNS = Path(__file__).resolve().parents[1] / "nbs" / "experiments" / "hacking.json"
 
@@ -78,6 +81,19 @@ def test_prompts_of_ones_own(trainer, tmp_path):
     with pytest.raises(UserError, match="is empty"): Watcher(trainer, WatchOptions(prompts=str(tmp_path / "e.txt")))
 
 
+def test_a_held_out_reward_that_is_never_asked_is_refused(trainer, tmp_path):
+    "`watch` trains not a step; with captions to look at, or without the reward, nothing is said"
+    (tmp_path / "p.txt").write_text("a red circle moving left\n")
+    data, own = replace(trainer.cfg, data=str(tmp_path)), str(tmp_path / "p.txt")
+    for cfg, o, why in ((data, WatchOptions(held_out="tiny-video"), "give prompts"),
+                        (trainer.cfg, WatchOptions(held_out="tiny-video", eval_every=0), "give eval_every"),
+                        (data, WatchOptions(held_out="tiny-video", eval_every=0, prompts=own), "give eval_every")):
+        with pytest.raises(UserError, match=f"held_out 'tiny-video' would never be asked: {why}"): look_every(cfg, o)
+    with pytest.raises(UserError, match="would never be asked"): watch(trainer, WatchOptions(held_out="tiny-video", eval_every=0))
+    assert trainer.step == 0
+    assert look_every(data, WatchOptions(held_out="tiny-video", prompts=own)) == 50 and look_every(data, WatchOptions()) == 0
+
+
 def test_stop_and_warn(trainer, capsys):
     out = Path(trainer.cfg.out); out.mkdir(exist_ok=True); trainer.step = 3
     (out / "looks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in looks([0, 2, 1, 0], range(4))))
@@ -96,3 +112,30 @@ def test_samples_reach_the_tracker(tmp_path):
     log = EventAccumulator(str(tmp_path / "o" / "tracking" / "run")).Reload()
     assert [e.step for e in log.Scalars("loss")] == [1, 2] and {"grad_norm", "memory_gb", "cd"} <= set(log.Tags()["scalars"])
     assert [e.step for e in log.Images("samples")] == [1, 2]
+
+
+def test_looks_with_cached_texts(tmp_path):
+    "Contexts come from the cache; captions that are not in it are named before a step is taken"
+    teacher, few = load_teacher("tiny"), tmp_path / "p.txt"
+    few.write_text("a red circle moving left\na blue square moving up\n")
+    for name, more in (("lat", {}), ("txt", dict(dtype="float32"))):
+        build_cache(dict(lat="latents", txt="text")[name], teacher, World("train", 0, 8, 32), tmp_path / name, 8, batch=2, progress=False, **more)
+    captions = open_cache(tmp_path / "txt").captions
+    few.write_text("\n".join([c for c in captions if c][:2]))
+    cfg = Config(out=str(tmp_path / "o"), steps=1, batch=2, rank=2, track="", data=str(tmp_path / "lat"), texts=str(tmp_path / "txt"),
+                 objective=Objective(beta_img=0., beta_vid=0.))
+    look = Watcher(Trainer(cfg), WatchOptions(prompts=str(few))).look()
+    plain = Watcher(Trainer(replace(cfg, texts="")), WatchOptions(prompts=str(few))).look()
+    assert look["motion_amount"] == pytest.approx(plain["motion_amount"], rel=1e-3)
+    few.write_text("a lobster playing chess\n")
+    with pytest.raises(UserError, match="1 captions to look at, such as 'a lobster playing chess', are not in the text cache"):
+        Watcher(Trainer(cfg), WatchOptions(prompts=str(few)))
+
+
+def test_the_rewards_of_a_plain_run_are_where_the_clips_are(trainer, monkeypatch):
+    "A device that is not the CPU (`meta` stands for it) gets the tiny rewards and the held-out one; the judges stay"
+    monkeypatch.setattr(type(trainer.accelerator), "device", torch.device("meta"))
+    watcher = object.__new__(Watcher)
+    watcher.trainer, watcher.o, watcher.judges = trainer, WatchOptions(held_out="tiny-video"), None
+    found = watcher._trained(True) | watcher._held_out()
+    for n in ("r_vid", "held_out"): assert {p.device.type for p in found[n][0].parameters()} == {"meta"}

@@ -383,8 +383,9 @@ def read_merges(path:str|Path|None=None, # `.txt`, `.txt.gz` or `.whl`; `None`: 
     name, spec = "bpe_simple_vocab_16e6.txt.gz", importlib.util.find_spec("open_clip")
     if path is None and spec: path = Path(spec.origin).parent/name
     if path is None or not Path(path).is_file():
-        raise UserError(f"no vocabulary at {path}: give the wheel that "
-                        f"`pip download --no-deps open_clip_torch` brings, or its {name}")
+        what = f"no vocabulary at {path}" if path else "CLIP's vocabulary was not given"
+        raise UserError(f"{what}: give with --vocabulary the wheel that `pip download --no-deps "
+                        f"open_clip_torch` brings, or the {name} in it")
     data = Path(path).read_bytes()
     if Path(path).suffix == ".whl":
         with zipfile.ZipFile(path) as z: data = z.read(f"open_clip/{name}")
