@@ -97,9 +97,7 @@ def distill(cfg=None,     # a `train.Config`
         gone = trainer.left_out()
         if main and gone: print(f"{len(gone)} clips were left out, as {cfg.out}/left_out.json "
                                 f"tells: {reasons(gone)}")
-        told = report(trainer, extra, looks) if main else {}
-    trainer.accelerator.state.destroy_process_group()   # else its threads may end the process badly
-    return told
+        return report(trainer, extra, looks) if main else {}
 
 # %% ../nbs/50_cli.ipynb #d6e44894
 def samplers(student,       # the one just trained

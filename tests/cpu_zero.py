@@ -2,6 +2,7 @@
 
     accelerate launch --config_file configs/zero3.yaml --num_processes 2 tests/cpu_zero.py distill ...
 """
+import os
 import sys
 import warnings
 
@@ -23,4 +24,6 @@ DeepSpeedPlugin.__post_init__ = cut_all
 
 if __name__ == "__main__":
     from t2v_turbo.cli import main
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(code)         # gloo's threads, which DeepSpeed leaves behind, may abort an orderly exit

@@ -247,7 +247,7 @@ for row in t.fit():
     dist.all_gather_object(told, (moved, row["skipped"], t.in_a_row, float(step), row["loss"] == row["loss"]))
     assert all(bool(p.isfinite().all()) for p in now)
     if t.accelerator.is_main_process: print("step", row["step"], *told, sep="|", flush=True)
-t.accelerator.state.destroy_process_group()
+sys.stdout.flush(); os._exit(0)                       # see cpu_zero.py
 """
 
 
