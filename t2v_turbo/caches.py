@@ -13,7 +13,6 @@ __all__ = ['PARTS', 'RECIPES', 'DTYPES', 'FIELDS', 'MEND', 'to_v', 'from_v', 'Pa
 import hashlib
 import json
 import shutil
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -28,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import UserError, atomic, expand_to, write_json
+from .core import UserError, atomic, expand_to, sweep, write_json
 from .data import Dealt, order
 from .schedule import Forward
 from .solver import DDIM, both_preds, ddim_sample
@@ -481,11 +480,6 @@ def _room(folder, about, teacher, shards):
                                     f"where {free/1e9:.1f} GB are free: give another folder, "
                                     "fewer samples or float16")
 
-def _sweep(folder):
-    "Remove what a killed build left behind, if nobody has touched it for an hour"
-    for p in Path(folder).glob(".tmp-*"):
-        if time.time() - p.stat().st_mtime > 3600: shutil.rmtree(p, ignore_errors=True)
-
 def make_shard(recipe,          # one of `RECIPES`
                teacher:Teacher, # who is asked
                about:dict,      # of the cache
@@ -532,7 +526,7 @@ def build_cache(kind:str,         # `text`, `latents`, `samples` or `pairs`
                  dtype=dtype, teacher=teacher.name, **recipe.about(),
                  **teacher_id(teacher, recipe.parts))
     folder = claim_folder(folder, about)
-    _sweep(folder)
+    sweep(folder)
     mine = range(rank, len(shard_rows(about)), num_processes)
     todo = list_faults(folder, about, verify, mine)
     _room(folder, about, teacher, todo)

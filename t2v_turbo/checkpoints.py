@@ -7,13 +7,12 @@ __all__ = ['claim', 'Checkpoints', 'CannotSave', 'Stopped', 'stop_signals']
 
 # %% ../nbs/32a_checkpoints.ipynb #088d412f
 import io
+import math
 import os
 import re
-import shutil
 import signal
 import socket
 import threading
-import time
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .core import UserError, atomic
+from .core import UserError, atomic, sweep
 
 # %% ../nbs/32a_checkpoints.ipynb #79355af8
 @contextmanager
@@ -40,9 +39,8 @@ def claim(folder:str|Path, # output folder of a run; made if it is not there
                         "another --out") from None
     os.write(fd, f"{os.getpid()} {host}".encode()); os.close(fd)
     for part in ("checkpoints", "student"):          # what only the holder of the claim writes
-        for left in (folder / part).glob(".tmp-*"): shutil.rmtree(left, ignore_errors=True)
-    for left in folder.glob(".tmp-*"):               # perhaps another command is at work here
-        if time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left, ignore_errors=True)
+        sweep(folder / part, age=-math.inf)
+    sweep(folder)                                    # perhaps another command is at work here
     try: yield folder
     finally: lock.unlink(missing_ok=True)
 

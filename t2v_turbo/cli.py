@@ -117,11 +117,10 @@ def samplers(student,       # the one just trained
     dtype = next(student.teacher.vae.parameters()).dtype
     teacher = load_teacher(who, dtype=dtype).to(device)
     by = lambda s: lambda prompts, seed: sample_student(s, prompts, make_gen(seed), 4, w)
-    cd = [Sampler("cd", 4, 4, by(load_student(WEIGHTS / "tiny-cd").to(device)))]
-    cd = cd if who == "tiny" else []
+    cd = [load_student(WEIGHTS / "tiny-cd").to(device)] if who == "tiny" else []
     return [Sampler("teacher", 50, 100, lambda prompts, seed: sample_teacher(
                 teacher, prompts, make_gen(seed), 50, extra.teacher_w)),
-            *cd, Sampler(name, 4, 4, by(student))]
+            *(Sampler("cd", 4, 4, by(s)) for s in cd), Sampler(name, 4, 4, by(student))]
 
 # %% ../nbs/50_cli.ipynb #bd490e3f
 def report(trainer, # a trained `Trainer`

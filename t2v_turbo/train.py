@@ -41,7 +41,7 @@ from .teachers.base import same_teacher
 from .teachers.folders import load_teacher
 from .teachers.memory import (OPTIMIZERS, PARTS, compile_denoiser, make_optimizer,
                                        save_memory, savings_of)
-from .zero import Zero, check_zero, load, load_whole, moments
+from .zero import Zero, check_zero, load_whole
 
 # %% ../nbs/33_train.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -270,15 +270,14 @@ def terms(self:Trainer,
          )->StepOut:     # per clip, with gradient
     "All terms of the loss of some clips; the null prompt is encoded once for each length"
     teacher, device, kind = self.student.teacher, self.accelerator.device, self.source.kind
-    x, text, null, z0 = x.to(device), self.texts or teacher.encode_text, None, None
-    ctx = text(prompts).to(device)
+    x, null, z0 = x.to(device), None, None
+    ctx = teacher.encode_text(prompts)                    # or the text cache, see `Trainer`
     if kind != "pairs":
-        if (b := len(prompts)) not in self.null: self.null[b] = text([""] * b).to(device)
+        if (b := len(prompts)) not in self.null: self.null[b] = teacher.encode_text([""] * b)
         null = self.null[b]
         z0 = teacher.encode(x) if kind == "clips" else x
-    how = self.zero or self.accelerator
-    with how.autocast():
-        step = self.zero.model if self.zero else self.model
+    step = self.zero.engine if self.zero else self.model
+    with (self.zero or self.accelerator).autocast():
         return step(z0, ctx, null, prompts, d.to(device), self.target_weights,
                     x if kind == "pairs" else None)
 
@@ -348,7 +347,7 @@ def state(self:Trainer)->dict:
     "All that a run depends on, for `torch.save`; every process has to ask"
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     model = self.accelerator.unwrap_model(self.model)
-    if self.zero: opt = moments(self.zero, _trained(model))
+    if self.zero: opt = self.zero.moments(_trained(model))
     else: opt = get_optimizer_state_dict(model, self.opt.optimizer,
                                          options=options) if self.opt.optimizer.state else None
     ema = self.ema and self.ema.state_dict()
@@ -419,15 +418,13 @@ def _like(v, p):
 def restore(self:Trainer, state:dict):
     "Take over what `state` gave"
     model, mine = self.accelerator.unwrap_model(self.model), self.student.trainable()
-    if self.zero:
-        short = {id(p): n for n, p in mine.items()}
-        load(self.zero, named := _trained(model),
-             {n: state["params"][short[id(p)]] for n, p in named.items()}, state["optimizer"])
+    if self.zero: self.zero.load_weights(mine, state["params"])
     else:
         for n, p in mine.items(): p.copy_(_like(state["params"][n], p))
-        if state["optimizer"] is not None: set_optimizer_state_dict(
-            model, self.opt.optimizer, state["optimizer"], options=StateDictOptions(
-                full_state_dict=True, ignore_frozen_params=True))
+    if (opt := state["optimizer"]) is None: pass           # saved before the first step
+    elif self.zero: self.zero.load_moments(_trained(model), opt)
+    else: set_optimizer_state_dict(model, self.opt.optimizer, opt, options=StateDictOptions(
+        full_state_dict=True, ignore_frozen_params=True))
     if self.ema is not None:
         self.ema.load_state_dict(state["ema"])
         self.ema.shadow_params = list(map(_like, self.ema.shadow_params, self.params))

@@ -1,6 +1,5 @@
 "A grid of students: every cell once, stopped and resumed, the same numbers in any company"
 import json
-import math
 import os
 import pickle
 import shutil
@@ -97,8 +96,7 @@ def test_a_held_out_reward_is_asked_at_the_end(tmp_path):
     cell = cells(o, cfg)[0]
     assert run_cell(cell_config(cfg, cell), cell, replace(LOOKS, held_out="tiny-video"), [1])
     row, = json.loads((Path(cell_config(cfg, cell).out) / "rows.json").read_text())
-    judges = sum(math.log(max(row[k], 1e-6)) for k in ("shape", "colour", "motion", "clean"))
-    print(row["held_out"], row["r_vid"], row)
+    assert row["held_out"] == pytest.approx(row["r_vid"], abs=.3)       # the same network; the judges would say -8
     assert row["train_steps"] == 2
 
 
