@@ -48,7 +48,7 @@ def test_what_is_reported(run):
     assert a["ratio"] == 1 and b["ratios"] == [b["ratio"]] and b["seconds"] > 0 < a["seconds"]
     assert b["bytes"] > 2**20 and a["bytes"] > 2**20
     parts = {"text", "encode", "student", "decode", "image reward", "video reward", "teacher", "target", "backward", "optimiser", "read", "rest"}
-    assert set(a["share"]) == parts and set(b["share"]) == parts - {"text", "encode", "teacher"}
+    assert set(a["share"]) == parts and set(b["share"]) == parts - {"encode", "teacher"}       # `text`: the text cache is read
 
 
 @pytest.mark.parametrize("mistake", ["loss", "target", "weight"])
