@@ -26,7 +26,7 @@ from .checkpoints import claim
 from .core import UserError, atomic, write_json
 from .distill import Objective
 from .train import Config, Trainer
-from .watch import Watcher, WatchOptions, watch
+from .watch import Watcher, WatchOptions, look_prompts, watch
 
 # %% ../nbs/46_ablate.ipynb #206ca10c
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def run_cell(cfg:Config,         # from `cell_config`
     if (out / "rows.json").is_file(): return False
     with claim(out):
         trainer = Trainer(cfg); trainer.resume()
+        look_prompts(trainer, looks)         # refused now, and not after the training
         watch(trainer, looks if looks.eval_every else replace(looks, held_out=""))  # judged below
         rows = [cell | row for row in judge_cell(trainer, looks, steps)]
         write_json(out / "rows.json", rows)
@@ -175,9 +176,10 @@ def collect(out:str|Path, # folder of an ablation
     if not rows: return []
     names = json.loads((Path(out) / "ablation.json").read_text())["over"]
     rows.sort(key=lambda r: [r[k] for k in (*names, "seed", "sample_steps")])
+    columns = list(dict.fromkeys(k for r in sorted(rows, key=len, reverse=True) for k in r))
+    rows = [{k: r.get(k, "") for k in columns} for r in rows]    # not every cell has every score
     with atomic(Path(out) / "rows.csv") as tmp, open(tmp, "w", newline="") as f:
-        columns = dict.fromkeys(k for r in rows for k in r)   # not every cell has every score
-        w = csv.DictWriter(f, list(columns)); w.writeheader(); w.writerows(rows)
+        w = csv.DictWriter(f, columns); w.writeheader(); w.writerows(rows)
     return rows
 
 # %% ../nbs/46_ablate.ipynb #301afc24
@@ -240,8 +242,10 @@ def ablation_table(rows:list, # of one ablation
     head = list(rows[0]); cut = head.index("train_steps") + 1
     names = tuple(k for k in head[:cut] if k not in ("seed", "train_steps"))
     cols = {f: by_setting(rows, names, f) for f in head[cut:]}
+    said = lambda c, k: f"{c[k][0]:.3f} ± {c[k][1]:.3f}" if k in c else ""
     body = [[f"{v:g}" if isinstance(v, float) else str(v) for v in k]
-            + [f"{c[k][0]:.3f} ± {c[k][1]:.3f}" for c in cols.values()] for k in cols[head[cut]]]
+            + [said(c, k) for c in cols.values()]
+            for k in dict.fromkeys(tuple(r[n] for n in names) for r in rows)]
     lines = [[*names, *cols], ["---:"] * (len(names) + len(cols)), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

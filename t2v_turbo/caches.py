@@ -7,11 +7,12 @@ __all__ = ['PARTS', 'RECIPES', 'DTYPES', 'FIELDS', 'MEND', 'to_v', 'from_v', 'Pa
            'data_id', 'prompts_of', 'Texts', 'Latents', 'Samples', 'Pairs', 'make_batch', 'shard_path', 'write_shard',
            'read_head', 'shard_fault', 'key_of', 'shard_rows', 'read_about', 'refuse_other', 'claim_folder',
            'list_faults', 'merge_manifest', 'cache_bytes', 'make_shard', 'build_cache', 'Cache', 'TextCache',
-           'LatentCache', 'PairCache', 'open_cache']
+           'LatentCache', 'PairCache', 'open_cache', 'open_texts']
 
 # %% ../nbs/17_caches.ipynb #f95748f2
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
@@ -223,6 +224,11 @@ class Samples:
     seed:int = 0   # of the starting noise
     parts = tuple(PARTS)
 
+    def ddim(self, teacher):
+        T = len(teacher.schedule)
+        if not 1 <= self.steps <= T: raise UserError(f"steps is {self.steps}: give 1 to {T}")
+        if not math.isfinite(self.w): raise UserError(f"w is {self.w}: give a number")
+        return DDIM(teacher.schedule, self.steps)
     def about(self): return dict(data=data_id(self.source), w=float(self.w), steps=self.steps,
                                  seed=self.seed)
     def inputs(self, teacher, step, size):
@@ -231,8 +237,7 @@ class Samples:
         return dict(z=torch.randn(size, *teacher.latent_shape, generator=gen)), captions
     def outputs(self, teacher, x, prompts, dtype):
         ctx, null = teacher.encode_text(prompts), teacher.encode_text([""])
-        *_, (_, _, z0) = ddim_sample(DDIM(teacher.schedule, self.steps), teacher.denoise, x["z"],
-                                     self.w, ctx, null)
+        *_, (_, _, z0) = ddim_sample(self.ddim(teacher), teacher.denoise, x["z"], self.w, ctx, null)
         return dict(z0=z0)
 
 # %% ../nbs/17_caches.ipynb #63a37ec5
@@ -245,16 +250,18 @@ class Pairs:
     texts:Any = None    # an open cache of texts; without one the text encoder is asked
     parts = tuple(PARTS)
 
+    def ddim(self, teacher):
+        T = len(teacher.schedule)
+        if self.k < 1 or T % self.k: raise UserError(f"k {self.k} does not divide {T}")
+        return DDIM(teacher.schedule, T//self.k)
     def about(self): return dict(data=data_id(self.source), k=self.k, seed=self.seed,
                                  texts=data_id(self.texts) if self.texts else "")
     def inputs(self, teacher, step, size):
-        T = len(teacher.schedule)
-        if self.k < 1 or T % self.k: raise UserError(f"k {self.k} does not divide {T}")
         x, captions = _batch(self.source, step, size, ["clips", "latents"])
-        noise, index = dice(self.seed, step, (size, *teacher.latent_shape), T//self.k)
+        noise, index = dice(self.seed, step, (size, *teacher.latent_shape), self.ddim(teacher).n)
         return dict(x=x, noise=noise, index=index), captions
     def outputs(self, teacher, x, prompts, dtype):
-        ddim = DDIM(teacher.schedule, len(teacher.schedule)//self.k)
+        ddim = self.ddim(teacher)
         z0, texts = _latents(teacher, self.source, x["x"]), self.texts or teacher.encode_text
         zt = teacher.schedule.add_noise(z0, x["noise"], ddim.t(x["index"])).to(dtype).float()
         ctx, null = (texts(p).to(zt.device) for p in (prompts, [""]))
@@ -399,6 +406,7 @@ def claim_folder(folder,     # of a cache to build or to go on with
     if (folder/"cache.json").is_file(): old = read_about(folder)  # perhaps another's, of just now
     elif full:
         raise UserError(f"{str(folder)!r} holds other files: give a new folder for the cache")
+    if not any(folder.glob("*.safetensors")): old = None          # nothing was made of it yet
     if old: refuse_other(folder, old, {k: v for k, v in about.items()
                                        if k not in ("samples", "teacher")}, exactly=True)
     if old and old["samples"] > about["samples"]:
@@ -453,8 +461,8 @@ def _check_options(kind, options, **given):
     for n in options:
         if n not in allowed: raise UserError(f"a {kind} cache has no option {n!r}: it takes "
                                              f"{', '.join(allowed) or 'none'}")
-    for n in ("batch", "shard", "num_processes"):
-        if given[n] < 1: raise UserError(f"{n} is {given[n]}: give 1 or more")
+    for n, least in dict(batch=1, shard=1, num_processes=1, at_once=0, samples=0).items():
+        if given[n] < least: raise UserError(f"{n} is {given[n]}: give {least} or more")
     if given["dtype"] not in DTYPES:
         raise UserError(f"dtype {given['dtype']!r}: give one of {', '.join(DTYPES)}")
     if not 0 <= given["rank"] < given["num_processes"]:
@@ -516,10 +524,11 @@ def build_cache(kind:str,         # `text`, `latents`, `samples` or `pairs`
                )->Path:           # `folder`
     "Build a cache, or what is missing of it"
     _check_options(kind, options, batch=batch, shard=shard, dtype=dtype, rank=rank,
-                   num_processes=num_processes)
+                   num_processes=num_processes, at_once=at_once, samples=samples or 0)
     if kind == "text": source = prompts_of(source, samples, batch)
     elif isinstance(source, (list, tuple)): source = Prompts(source)
     recipe = RECIPES[kind](source, **options)
+    if isinstance(recipe, (Samples, Pairs)): recipe.ddim(teacher)  # refused before it is written
     for c in (source, options.get("texts")):
         if isinstance(c, Cache): c.check(teacher)
     about = dict(kind=kind, samples=_samples(recipe, source, samples), batch=batch, shard=shard,
@@ -679,3 +688,12 @@ def open_cache(folder,               # that `build_cache` wrote
     cache = kinds[kind](folder, reorder, verify)
     cache.check(teacher, **settings)
     return cache
+
+def open_texts(folder,          # of a cache of texts
+               teacher:Teacher, # refused, if the cache is of another
+              )->TextCache:
+    "Open a cache of texts; one of something else is refused"
+    cache = open_cache(folder, teacher)
+    if isinstance(cache, TextCache): return cache
+    raise UserError(f"{str(folder)!r} is a cache of {cache.kind}, not of texts: give it as --data, "
+                    "and as --texts one that `t2v-turbo cache text` built")

@@ -20,6 +20,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 from fastcore.docments import docments
+from safetensors import SafetensorError
 
 from . import __version__
 from .base import UserError
@@ -57,7 +58,8 @@ class DistillOptions:
     teacher_w:float = 2.   # guidance of the 50-step teacher in the table
 
     def __post_init__(self):
-        if self.teacher_w < 0: raise UserError(f"teacher_w is {self.teacher_w}: give 0 or more")
+        if not self.teacher_w >= 0:
+            raise UserError(f"teacher_w is {self.teacher_w}: give 0 or more")
         if self.repeats < 1: raise UserError(f"repeats is {self.repeats}: give 1 or more")
 
 # %% ../nbs/50_cli.ipynb #febf03ef
@@ -78,11 +80,12 @@ def distill(cfg=None,     # a `train.Config`
     from t2v_turbo.checkpoints import claim
     from t2v_turbo.data import reasons
     from t2v_turbo.train import Config, Trainer
-    from t2v_turbo.watch import WatchOptions, look_every, watch
+    from t2v_turbo.watch import WatchOptions, look_every, look_prompts, watch
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()
     if extra.match_official: cfg = replace(cfg, objective=cfg.objective.as_published())
-    look_every(cfg, looks)                       # this and the next line refuse bad input
+    every = look_every(cfg, looks)               # these three lines refuse bad input
     trainer = Trainer(cfg)                       # before the folder is touched
+    if every: look_prompts(trainer, looks)
     main = trainer.accelerator.is_main_process
     with claim(cfg.out) if main else nullcontext(), trainer.together():
         resumed = trainer.resume()
@@ -201,13 +204,11 @@ def sample(o:SampleOptions=SampleOptions(), # what to sample
           )->list:                          # paths of the videos
     "Sample a student and write mp4 or gif files"
     from t2v_turbo.core import make_gen, pick_device, write_video
-    from t2v_turbo.data import read_text
+    from t2v_turbo.data import read_prompts
     from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.teachers.tiny import WEIGHTS
     if Path(o.out).is_file(): raise UserError(f"out {o.out!r} is a file: give a folder")
-    prompts = read_text(o.prompts).splitlines() if o.prompts else [o.prompt]
-    prompts = [p.strip() for p in prompts if p.strip()]
-    if not prompts: raise UserError(f"prompt file {o.prompts!r} is empty: write one caption a line")
+    prompts = read_prompts(o.prompts) if o.prompts else [o.prompt]
     import torch
     pipe, paths = T2VTurboPipeline.from_pretrained(o.student or WEIGHTS / "tiny-cd",
                                                    dtype=getattr(torch, o.dtype)), []
@@ -237,6 +238,7 @@ class EvaluateOptions:
 
     def __post_init__(self):
         if not 1 <= self.steps <= 16: raise UserError(f"steps is {self.steps}: give 1 to 16")
+        if not math.isfinite(self.w): raise UserError(f"w is {self.w}: give a number")
         if self.repeats < 1: raise UserError(f"repeats is {self.repeats}: give 1 or more")
 
 # %% ../nbs/50_cli.ipynb #0d2183dc
@@ -370,7 +372,7 @@ class CacheOptions:
     at_once:int = 0      # samples the networks see together; 0: a batch
 
     def run(self):
-        from t2v_turbo.caches import build_cache, open_cache
+        from t2v_turbo.caches import build_cache, open_cache, open_texts
         from t2v_turbo.streams import open_source
         from t2v_turbo.suites import processes
         from t2v_turbo.teachers.folders import load_teacher
@@ -382,7 +384,7 @@ class CacheOptions:
         else: source = open_source(self.data, frames, tuple(size), teacher.fps, self.seed)
         own = dict(pairs=("k", "seed"), samples=("w", "steps", "seed")).get(self.kind, ())
         more = {k: getattr(self, k) for k in own}
-        if self.kind == "pairs" and self.texts: more["texts"] = open_cache(self.texts, teacher)
+        if self.kind == "pairs" and self.texts: more["texts"] = open_texts(self.texts, teacher)
         return print(build_cache(self.kind, teacher, source, self.out, self.samples or None,
                                  self.batch, dtype=self.dtype, at_once=self.at_once,
                                  rank=state.process_index, num_processes=state.num_processes,
@@ -402,6 +404,12 @@ class PlanOptions:
     image_frames:int = 2 # frames the image reward sees
     gpu:float = 24.      # memory of the GPU, GB
     tflops:float = 0.    # what the GPU really does, for seconds a step; 0: memory only
+
+    def __post_init__(self):
+        for name, least in dict(frames=0, height=0, width=0, batch=1, rank=1, image_frames=1,
+                                gpu=0, tflops=0).items():
+            if not (v := getattr(self, name)) >= least:
+                raise UserError(f"{name} is {v}: give {least} or more")
 
     def run(self):
         from tqdm.auto import tqdm
@@ -430,6 +438,7 @@ class GenerateOptions:
     def __post_init__(self):
         if self.steps < 1 or self.steps > 16 and not self.teacher:
             raise UserError(f"steps is {self.steps}: give 1 to 16")
+        if not math.isfinite(self.w): raise UserError(f"w is {self.w}: give a number")
         if not self.prompts: raise UserError("no --prompts: give your copy of the suite's "
                                           "prompts, or the word fetch")
         if self.student and self.teacher: raise UserError("give --student or --teacher, not both")
@@ -468,9 +477,11 @@ def vbench_score(path,                    # VBench's result file or folder
     from t2v_turbo.vbench import aggregate, intervals, published, read_results, score_table
     result = read_results(path)
     own = aggregate(result.scores, zero_missing, result.model)
-    if all(result.videos.get(d) for d in result.scores):
-        own = intervals(result, zero_missing=zero_missing)
+    few = [d for d in result.scores if len(result.videos.get(d) or ()) < 2]
+    if not few: own = intervals(result, zero_missing=zero_missing)
     print(score_table(published(), {result.model: own}))
+    if few: print(f"no intervals: {result.model} lists videos of fewer than two prompts for "
+                  f"{', '.join(few)}")
     return 0
 
 # %% ../nbs/50_cli.ipynb #b019d0e7
@@ -636,7 +647,7 @@ def run(argv:list|None=None, # arguments, `sys.argv[1:]` by default
 def main(argv:list|None=None, # arguments, `sys.argv[1:]` by default
         )->int:          # exit status
     "The console command: a user's mistake is one sentence, not a traceback"
-    try: got = run(argv)
+    try: got = run(argv); sys.stdout.flush()
     except UserError as e:
         print(f"t2v-turbo: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt as e:                 # or `Stopped` by a signal, which says more
@@ -644,14 +655,16 @@ def main(argv:list|None=None, # arguments, `sys.argv[1:]` by default
         return 128 + getattr(e, "signum", 2)
     except BrokenPipeError:                        # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
-    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as e:
-        print(f"t2v-turbo: {e.filename} cannot be used ({e.strerror}): give another path",
-              file=sys.stderr)
-        return 2
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS): raise
-        print(f"t2v-turbo: {e.filename or 'a file'} cannot be written ({e.strerror}): make room "
-              "and run again; what was saved before is whole", file=sys.stderr)
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        if not full and e.filename is None: raise
+        print(f"t2v-turbo: {e.filename or 'a file'} cannot be "
+              + (f"written ({e.strerror}): make room and run again; what was saved before is whole"
+                 if full else f"used ({e.strerror}): give another path"), file=sys.stderr)
+        return 2
+    except SafetensorError as e:
+        print(f"t2v-turbo: a .safetensors file cannot be read or written ({e}): take another copy "
+              "of the weights, or make room", file=sys.stderr)
         return 2
     return got if isinstance(got, int) else 0
 

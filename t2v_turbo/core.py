@@ -44,6 +44,8 @@ def make_gen(seed:int,     # any integer
              device='cpu', # where the numbers are drawn
             )->torch.Generator: # a fresh generator
     "A generator seeded with `seed`"
+    if not -2**63 <= seed < 2**64:
+        raise UserError(f'seed {seed} is too large: give one between -2^63 and 2^64 - 1')
     return torch.Generator(device).manual_seed(seed)
 
 def pick_device()->torch.device: # cuda, else mps, else cpu

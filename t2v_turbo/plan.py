@@ -33,7 +33,7 @@ from .rewards.names import FACTS, options_of, reward_named
 from .rewards.viclip import viclip_full
 from .rewards.videoprism import videoprism_full
 from .student import Student
-from .teachers.base import Teacher, check_size
+from .teachers.base import Teacher, check_size, check_whole
 from .teachers.folders import load_teacher
 from .teachers.memory import OPTIMIZERS, SAVINGS, Meter, save_memory
 from .teachers.videocrafter2 import vc2_scheduler
@@ -84,7 +84,7 @@ def teacher_on_meta(name:str="modelscope", # one of `TEACHERS`, or what `load_te
         teacher = load_teacher(name, dtype=dtype, frames=frames, size=size)
     else:
         make, own, hw = TEACHERS[name]
-        frames, size = frames or own, tuple(size or hw)
+        frames, size = check_whole("frames", frames or own), tuple(size or hw)
         with torch.device("meta"): parts = [cast(p, dtype) for p in make(size)]
         if make is _wan_parts:
             teacher = WanTeacher(name, *parts, NoWords(), flow_scheduler(), frames, size=size)
@@ -287,6 +287,7 @@ def predict(teacher:str="modelscope",  # of `teacher_on_meta`
             image_frames:int=2,        # that the image reward sees
            )->Plan:
     "Memory of one training step, from names and sizes alone"
+    if batch < 1: raise UserError(f"batch is {batch}: give 1 or more clips")
     made = dict(image=None, video=None)
     for n in rewards:
         reward = reward_on_meta(n, dtype, save_rewards)

@@ -27,7 +27,7 @@ from fastcore.basics import patch
 from scipy import stats
 
 from .core import UserError, atomic
-from .data import find_clips, probe
+from .data import find_clips, probe, read_table
 
 # %% ../nbs/44_rate.ipynb #6da8887e
 PLAYED = {"h264", "vp8", "vp9", "av1"}                  # codecs that browsers play
@@ -46,9 +46,7 @@ def _short(text): return hashlib.sha256(text.encode()).hexdigest()[:8]
 def _manifest(folder):
     "File name to prompt, from the table that `generate` writes"
     for path in (folder / "videos.csv", folder.parent / "videos.csv"):
-        if path.is_file():
-            with path.open(encoding="utf-8", newline="") as f:
-                return {r["file"]: r["prompt"] for r in csv.DictReader(f)}
+        if path.is_file(): return {c.path.name: c.caption for c in read_table(path, look=False)}
     return {}
 
 def _captioned(folder):

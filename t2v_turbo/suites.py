@@ -9,6 +9,7 @@ __all__ = ['VIDEOS', 'FLICKER_VIDEOS', 'RAW', 'PUBLISHED', 'read_suite', 'fetch_
 # %% ../nbs/43_prompts.ipynb #06cb86a3
 import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import claim
 from .core import UserError, atomic, make_gen, pick_device, write_json, write_video
-from .data import probe
+from .data import probe, read_text
 from .pipeline import T2VTurboPipeline, sample_teacher
 from .teachers.base import Teacher
 
@@ -157,7 +158,10 @@ def by_teacher(teacher:Teacher, # on its device
 def _agree(out, settings):
     "Refuse to mix two models in a folder"
     path = out / "settings.json"
-    before = json.loads(path.read_text()) if path.is_file() else settings
+    try: before = json.loads(path.read_text()) if path.is_file() else settings
+    except ValueError: before = None
+    if not isinstance(before, dict): raise UserError(
+        f"{path} does not say what videos {out} holds: give another output folder")
     odd = [k for k in {**settings, **before} if settings.get(k) != before.get(k)]
     if odd: raise UserError(
         f"{out} holds videos with {odd[0]} = {before.get(odd[0])!r}, not {settings.get(odd[0])!r}: "
@@ -165,14 +169,16 @@ def _agree(out, settings):
 
 def _note(out, settings, todo):
     "Write the settings, and the seeds of these videos and of those made before"
+    path, columns = out / "videos.csv", ["file", "prompt", "seed"]
+    text = read_text(path) if path.is_file() else ""
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    if any([*r] != columns for r in rows): raise UserError(
+        f"{path} is no table of {', '.join(columns)}: give another output folder")
     write_json(out / "settings.json", settings)
-    path = out / "videos.csv"
-    rows = {r["file"]: r for r in csv.DictReader(path.open(encoding="utf-8", newline=""))} \
-        if path.is_file() else {}
     with atomic(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, ["file", "prompt", "seed"])
+        table = csv.DictWriter(f, columns)
         table.writeheader()
-        table.writerows((rows | {j.file: asdict(j) for j in todo}).values())
+        table.writerows(({r["file"]: r for r in rows} | {j.file: asdict(j) for j in todo}).values())
 
 def _whole(path):
     "Is the video there, and can it be decoded?"

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optim
                                                      set_optimizer_state_dict)
 from torch.distributed.tensor import distribute_tensor
 
-from .caches import open_cache
+from .caches import open_cache, open_texts
 from .checkpoints import CannotSave, Checkpoints, Stopped, stop_signals
 from .core import UserError, atomic, make_gen, pick_device, write_json
 from .distill import Distillation, Objective, StepOut, draw
@@ -126,7 +126,7 @@ class Trainer:
         self.store = Checkpoints(cfg.out, cfg.keep, cfg.keep_every)
         teacher = self._teacher()
         self.source = self._source(teacher)
-        self.texts = open_cache(cfg.texts, teacher) if cfg.texts else None
+        self.texts = open_texts(cfg.texts, teacher) if cfg.texts else None
         if self.texts:                   # nobody asks the encoder any more
             teacher.text_encoder = nn.Module()
             teacher.encode_text = lambda prompts: self.texts(prompts).to(teacher.device)

@@ -174,6 +174,7 @@ def check_rows(rows:list,      # `Row`s
                tol:float=.02,  # percent points that rounding may explain
               )->list:         # a `Finding` for each row that is off by more
     "Name the rows whose printed scores do not follow from their dimensions"
+    if not tol >= 0: raise UserError(f"tol is {tol}: give percent points, 0 or more")
     empty = [r.model for r in rows if not r.printed]
     if empty: raise UserError(f"{', '.join(empty)}: no total, quality or semantic to check; "
                               "fill in at least one of these columns")

@@ -14,9 +14,11 @@ import pytest
 
 from t2v_turbo.ablate import (_devices, AblateOptions, ablate, ablation_table, by_setting, cell_config, cell_name, cells, collect, frontier,
                               read_table, run_cell)
+from t2v_turbo.caches import build_cache
 from t2v_turbo.checkpoints import Stopped
 from t2v_turbo.cli import main
 from t2v_turbo.core import UserError
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config
 from t2v_turbo.watch import WatchOptions
 
@@ -154,14 +156,27 @@ def test_a_committed_cell_again(tmp_path):
 
 def test_cells_without_a_score_are_blank(tmp_path):
     "With captions of one's own a cell without a reward has no score of it"
-    for i, row in enumerate((dict(beta_img=0., seed=0, sample_steps=4, m=1.), dict(beta_img=1., seed=0, sample_steps=4, r_img=2., m=3.))):
+    each = dict(seed=0, sample_steps=4, train_steps=1)
+    for i, row in enumerate((dict(beta_img=0.) | each | dict(m=1.), dict(beta_img=1.) | each | dict(r_img=2., m=3.))):
         (tmp_path / "cells" / str(i)).mkdir(parents=True)
         (tmp_path / "cells" / str(i) / "rows.json").write_text(json.dumps([row]))
     (tmp_path / "ablation.json").write_text(json.dumps(dict(over=dict(beta_img=[0., 1.]))))
-    collect(tmp_path)
-    rows = read_table(tmp_path / "rows.csv")
+    rows = collect(tmp_path)
+    assert rows == read_table(tmp_path / "rows.csv") and list(rows[0]) == ["beta_img", *each, "r_img", "m"]
     assert [r["r_img"] for r in rows] == ["", 2.]
     assert by_setting(rows, ("beta_img",), "r_img").keys() == {(1.,)} and by_setting(rows, ("beta_img",), "m").keys() == {(0.,), (1.,)}
+    assert ablation_table(rows).splitlines()[2:] == ["| 0 | 4 |  | 1.000 ± nan |", "| 1 | 4 | 2.000 ± nan | 3.000 ± nan |"]
+
+
+def test_captions_that_the_text_cache_lacks_are_named_before_a_cell_trains(tmp_path):
+    "They are looked at when it has been trained, in the tiny world, too"
+    build_cache("text", load_teacher("tiny"), ["a red circle moving left"], tmp_path / "texts", progress=False)
+    cfg, o = two(tmp_path / "a")
+    cell = cells(o, cfg)[0]
+    cfg = cell_config(replace(cfg, texts=str(tmp_path / "texts")), cell)
+    with pytest.raises(UserError, match="captions to look at, such as '.*', are not in the text cache '.*texts'.*that has them, too$"):
+        run_cell(cfg, cell, LOOKS, [1])
+    assert not (Path(cfg.out) / "log.jsonl").exists()
 
 
 def test_workers_get_the_devices_that_are_left(monkeypatch):

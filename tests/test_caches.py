@@ -1,5 +1,6 @@
 "Caches: the same numbers as without them, whoever builds them and however often that is interrupted"
 import json
+import math
 import os
 import pickle
 import resource
@@ -473,6 +474,9 @@ WRONG = [
     (dict(kind='gold'), "no cache of kind 'gold'"), (dict(w=3), "a pairs cache has no option 'w'"),
     (dict(batch=0), 'batch is 0'), (dict(dtype='int8'), "dtype 'int8': give one of"), (dict(rank=2, num_processes=2), 'rank 2 of 2'),
     (dict(samples=None), 'World has no end'), (dict(k=7), 'k 7 does not divide 1000'),
+    (dict(at_once=-1), 'at_once is -1: give 0 or more'), (dict(samples=-5), 'samples is -5: give 0 or more'),
+    (dict(kind='samples', source=['a cat'], k=None, steps=0), 'steps is 0: give 1 to 1000'),
+    (dict(kind='samples', source=['a cat'], k=None, w=math.nan), 'w is nan: give a number'),
     (dict(source=World(frames=4)), r'clips of \[3, 4, 32, 32\] .* teacher.s are \[3, 8, 32, 32\]'),
     (dict(source=object()), 'does not say what data it gives'), (dict(kind='text', seed=0), "a text cache has no option 'seed'"),
 ]
@@ -480,8 +484,17 @@ WRONG = [
 
 @pytest.mark.parametrize('wrong, told', WRONG, ids=lambda v: v if isinstance(v, str) else '')
 def test_mistakes(wrong, told, teacher, tmp_path):
-    with pytest.raises(UserError, match=told): build_cache(teacher=teacher, folder=tmp_path/'c', **PAIRS | wrong)
-    assert not list(tmp_path.glob('c/*.safetensors'))
+    how = {k: v for k, v in (PAIRS | wrong).items() if k != 'k' or v is not None}
+    with pytest.raises(UserError, match=told): build_cache(teacher=teacher, folder=tmp_path/'c', **how)
+    assert not list(tmp_path.glob('c/*.safetensors')) and ('clips of' in told or not (tmp_path/'c').exists())
+
+
+def test_an_index_without_a_shard_binds_nobody(teacher, tmp_path):
+    "What went wrong before anything was made may be put right with another setting"
+    with pytest.raises(UserError, match='clips of'): build_cache(teacher=teacher, folder=tmp_path/'c', **PAIRS | dict(source=World(frames=4)))
+    assert (tmp_path/'c'/'cache.json').is_file()
+    assert len(open_cache(build_cache(teacher=teacher, folder=tmp_path/'c', **PAIRS), teacher)) == PAIRS['samples']
+    with pytest.raises(UserError, match='was built with'): build_cache(teacher=teacher, folder=tmp_path/'c', **PAIRS | dict(seed=9))
 
 
 def test_folders_that_hold_something_else(teacher, tmp_path):

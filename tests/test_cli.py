@@ -1,14 +1,19 @@
 "Bad input: one clear sentence, exit status 2, and nothing written over"
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from t2v_turbo import cli
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen, write_video
 from t2v_turbo.evaluate import Sampler, evaluate, load_judges
@@ -20,6 +25,7 @@ from t2v_turbo.teachers.published import layer_shapes, load_unet, with_w_project
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
 from t2v_turbo.teachers.videocrafter2 import tiny_videocrafter2
 from t2v_turbo.checkpoints import claim
+from t2v_turbo.watch import WatchOptions
 from t2v_turbo.world import caption, combos
 
 
@@ -102,6 +108,36 @@ def test_evaluate_loads_the_teacher_of_the_student(tmp_path):
     row = lambda t: evaluate(Sampler("teacher", 1, 2, lambda p, seed: sample_teacher(t, p, make_gen(seed), 1, 2.)), prompts, judges, repeats=1)
     flow, tiny = row(load_any("tiny-flow")), row(load_teacher("tiny"))
     assert got["motion_amount"] == pytest.approx(flow["motion_amount"]) and got["motion_amount"] != pytest.approx(tiny["motion_amount"], rel=.01)
+
+
+def test_who_is_compared_is_where_the_student_is(monkeypatch):
+    "On a device that is not the CPU (`meta` stands for it), and the teacher in the student's precision"
+    loaded = []
+    monkeypatch.setattr(folders, "load_teacher", lambda *a, **how: loaded.append(how) or load_any(*a, **how))
+    who = cli.samplers(load_student(WEIGHTS / "tiny-cd").to("meta"), cli.DistillOptions(), WatchOptions())
+    assert {s.model: s.sample(["a red circle moving left"], 0).device.type for s in who} == dict(teacher="meta", cd="meta", turbo="meta")
+    cli.samplers(Student(load_any("tiny-flow", dtype=torch.bfloat16), 2), cli.DistillOptions(), WatchOptions())
+    assert [how["dtype"] for how in loaded] == [torch.float32, torch.bfloat16]
+
+
+def test_captions_that_the_text_cache_lacks(capsys, tmp_path):
+    "Said before the folder of the run is made"
+    assert main(["cache", "text", str(tmp_path / "texts"), "--samples", "8"]) == 0
+    capsys.readouterr()
+    told = refused(capsys, "distill", "--texts", tmp_path / "texts", "--steps", "1", "--out", tmp_path / "o")
+    assert "12 captions to look at, such as 'a red circle moving left', are not in the text cache" in told and told.endswith("or give --eval_every 0")
+    assert not (tmp_path / "o").exists()
+
+
+def test_texts_that_are_no_cache_of_texts(capsys, tmp_path):
+    "Said before anything is made"
+    assert main(["cache", "latents", str(tmp_path / "z"), "--samples", "2", "--batch", "2"]) == 0
+    capsys.readouterr()
+    for words in (["distill"], ["cache", "pairs", tmp_path / "p", "--data", tmp_path / "z"]):
+        more = ["--out", tmp_path / "o", "--eval_every", "0"] if words == ["distill"] else []
+        told = refused(capsys, *words, "--texts", tmp_path / "z", *more)
+        assert "is a cache of latents, not of texts: give it as --data, and as --texts one that" in told
+    assert not (tmp_path / "o").exists() and not (tmp_path / "p").exists()
 
 
 def test_long_prompt_is_reported(tmp_path, capsys):
@@ -241,9 +277,47 @@ def test_paths_and_numbers_that_cannot_be_meant(capsys, tmp_path):
     assert "give another path" in refused(capsys, "cache", "text", tmp_path / "file" / "c", "--samples", "4")
     assert "w is nan: give a number" in refused(capsys, "sample", "--w", "nan")
     assert "give 0 to 2^63 - 1" in refused(capsys, "sample", "--seed", 10**20)
+    (tmp_path / "p.txt").write_text("a red circle moving left\n")
+    for name, v in dict(frames=-1, height=-8, batch=0, rank=0, gpu="nan", tflops=-1).items():
+        assert f"{name} is {float(v) if name in ('gpu', 'tflops') else v}: give " in refused(capsys, "plan", f"--{name}", v)
+    assert "steps is 0: give 1 to 1000" in refused(capsys, "cache", "samples", tmp_path / "c", "--steps", 0, "--data", tmp_path / "p.txt")
+    assert "at_once is -1: give 0 or more" in refused(capsys, "cache", "text", tmp_path / "c", "--at_once", -1, "--samples", 4)
+    assert not (tmp_path / "c").exists()
+    for verb, name in (("distill", "student_w"), ("distill", "teacher_w"), ("evaluate", "w"), ("generate", "w")):
+        assert f"{name} is nan: give" in refused(capsys, verb, f"--{name}", "nan", "--out", tmp_path / "o")
+    assert "/proc/x cannot be used" in refused(capsys, "cache", "text", "/proc/x/y", "--samples", 4)
+    assert "cannot be used (Not a directory): give another path" in refused(capsys, "pretrain", "--out", tmp_path / "file" / "w")
 
 
-def test_a_reader_that_has_enough():
-    "`t2v-turbo vbench check | head -1` ends without a traceback"
-    run = subprocess.run(f"{sys.executable} -m t2v_turbo.cli reward list | head -1", shell=True, capture_output=True, text=True)
-    assert run.stdout.startswith("name") and "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr
+def test_weights_that_are_none(capsys, tmp_path):
+    "A safetensors file that was cut short is not a traceback"
+    shutil.copytree(WEIGHTS / "tiny", tmp_path / "t")
+    part = next((tmp_path / "t").rglob("*.safetensors")); part.write_bytes(part.read_bytes()[:100])
+    assert refused(capsys, "distill", "--teacher", tmp_path / "t", "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("error, says", [(FileNotFoundError(2, "No such file or directory", "/proc/x"), "/proc/x cannot be used (No such file or directory): give another path"),
+                                         (OSError(28, "No space left on device"), "a file cannot be written (No space left on device): make room"),
+                                         (SafetensorError("Error while deserializing header"), "a .safetensors file cannot be read or written")])
+def test_errors_of_the_file_system_are_sentences(capsys, monkeypatch, error, says):
+    def fails(argv): raise error
+    monkeypatch.setattr(cli, "run", fails)
+    assert says in refused(capsys, "sample")
+
+
+def test_a_bug_is_still_a_traceback(monkeypatch):
+    def fails(argv): raise OSError("no file and no name")
+    monkeypatch.setattr(cli, "run", fails)
+    with pytest.raises(OSError, match="no file and no name"): main(["sample"])
+
+
+def test_a_reader_that_has_enough(tmp_path):
+    "`t2v-turbo vbench check | head -1` ends quietly, also when all that was said is still in a buffer"
+    head, row = (files("t2v_turbo") / "published" / "vbench.csv").read_text().splitlines()[:2]
+    (tmp_path / "t.csv").write_text(f"{head}\n{row}\n")
+    read, write = os.pipe(); os.close(read)
+    run = subprocess.run([sys.executable, "-m", "t2v_turbo.cli", "vbench", "check", tmp_path / "t.csv"], stdout=write, stderr=subprocess.PIPE, text=True,
+                         env={k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"})
+    os.close(write)
+    assert (run.returncode, run.stderr) == (0, "")

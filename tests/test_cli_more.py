@@ -28,6 +28,12 @@ def test_vbench_score(tmp_path, capsys):
     short = written(tmp_path / "short.json", dict(scene=[.4, []]))
     assert main(["vbench", "score", str(short)]) == 2
     assert main(["vbench", "score", str(short), "--zero_missing"]) == 0
+    few = {d: [s, v[:5] if d == "scene" else v] for d, (s, v) in results().items()}                    # a single prompt
+    capsys.readouterr()
+    assert main(["vbench", "score", str(written(tmp_path / "few.json", few))]) == 0
+    out = capsys.readouterr().out
+    assert "**few**" in out and "no intervals: few lists videos of fewer than two prompts for scene" in out and "[" not in out
+    assert main(["vbench", "check", "--tol", "nan"]) == 2 and "tol is nan: give percent points" in capsys.readouterr().err
 
 
 def test_generate(tmp_path, capsys):

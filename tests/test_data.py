@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from t2v_turbo.core import UserError, make_gen, write_video
-from t2v_turbo.data import ClipFolder, find_clips, fit, nearest, order, probe, read_clip
+from t2v_turbo.data import ClipFolder, find_clips, fit, nearest, order, probe, read_clip, read_prompts
 from t2v_turbo.world import World, caption, render
 
 close = torch.testing.assert_close
@@ -257,3 +257,21 @@ def test_a_file_that_breaks_later(folder):
     assert torch.equal(clips, again[0]) and torch.equal(clips, fresh[0])
     for p in folder.glob("*.*"): p.write_bytes(b"gone") if p.suffix != ".txt" else None
     with pytest.warns(UserWarning): says("No video can be read any more", data.batch, 0, 1)
+
+
+def test_linked_folders_are_read_once(tmp_path_factory, folder):
+    "A link, a loop, and a link beside what it leads to, which keeps its own name"
+    here, names = tmp_path_factory.mktemp("here"), [c.path.name for c in find_clips(folder)]
+    (here / "link").symlink_to(folder); (folder / "loop").symlink_to(here)
+    assert [c.path for c in find_clips(here)] == [here / "link" / n for n in names]
+    (folder / "real").mkdir(); (folder / "a.mp4").rename(folder / "real" / "a.mp4"); (folder / "a link").symlink_to(folder / "real")
+    assert [c.path.relative_to(folder).as_posix() for c in find_clips(folder)] == [*names[1:], "real/a.mp4"]
+
+
+def test_a_prompt_a_line(tmp_path):
+    "Only the line feed ends a prompt: captions of the web hold other signs that Python takes for one"
+    (tmp_path / "p.txt").write_bytes("\ufeffa\u00a0 cat\u2028 sits\r\n\n a dog\t runs".encode())
+    assert read_prompts(tmp_path / "p.txt") == ["a cat sits", "a dog runs"]
+    for bad, why in ((b" \n\n", "is empty: write a prompt a line"), (b"\xff", "is not UTF-8")):
+        (tmp_path / "p.txt").write_bytes(bad)
+        with pytest.raises(UserError, match=why): read_prompts(tmp_path / "p.txt")

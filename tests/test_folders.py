@@ -1,5 +1,6 @@
 "Folders of every kind: what they are taken for, what is refused, and one step of the recipe on each"
 import json
+import re
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from t2v_turbo.solver import DDIM
 from t2v_turbo.student import Student, load_student
 from t2v_turbo.teachers import folders
 from t2v_turbo.teachers.folders import ScaledSchedule, load_teacher, tiny_modelscope
+from t2v_turbo.teachers.tiny import WEIGHTS
 from t2v_turbo.teachers.videocrafter2 import (convert_videocrafter2, tiny_videocrafter2, vc2_scheduler,
                                               x0_scale)
 
@@ -102,6 +104,17 @@ def test_what_modelscope_cannot_take(ms, more, words):
 def test_what_the_tiny_teacher_cannot_take(more):
     with pytest.raises(UserError, match='is not possible'): load_teacher('tiny', **more)
     assert load_teacher('tiny', frames=8, size=[32, 32], fps=8).video_shape == (3, 8, 32, 32)
+
+
+def test_a_tiny_teacher_without_all_its_tensors(tmp_path):
+    "Not filled up with random ones"
+    at = tmp_path/'t'
+    shutil.copytree(WEIGHTS/'tiny', at)
+    file, = (at/'denoiser').glob('*.safetensors')
+    held = load_file(file)
+    gone = sorted(held)[0]
+    save_file({k: v for k, v in held.items() if k != gone}, file, dict(format='pt'))
+    with pytest.raises(UserError, match=f'does not have the tensors of a TinyVideoDenoiser: 1 missing .{re.escape(gone)}.'): load_teacher(at)
 
 
 def test_what_is_no_teacher(ms, tmp_path, monkeypatch):

@@ -110,6 +110,7 @@ def test_a_cache_takes_the_text_encoder_away():
 def test_two_rewards_of_a_kind_and_an_unknown_optimizer():
     with pytest.raises(UserError, match="clipscore is a second image reward"): predict("tiny", ("tiny-image", "clipscore"))
     with pytest.raises(UserError, match="optimizer 'sgd' is unknown"): optimizer_bytes("sgd", [])
+    with pytest.raises(UserError, match="batch is 0: give 1 or more clips"): predict("tiny", ("tiny-image",), batch=0)
 
 
 def test_table_names_the_first_row_that_fits():

@@ -78,6 +78,8 @@ def test_bad_folders(tmp_path):
     write_video(a / "0002.gif", clip(0)); (a / "0002.txt").write_text("x"); (b / "0002.mp4").unlink()
     write_video(b / "0002.gif", clip(0)); fails("is no .mp4")
     with pytest.raises(UserError, match="no folder"): find_pairs(a, tmp_path / "no")
+    (a / "videos.csv").write_text("id,url\n1,x\n"); fails("Line 2 of .*videos.csv has no file or no caption")
+    (a / "videos.csv").write_bytes(b"file,prompt\n0001.mp4,caf\xe9\n"); fails("videos.csv is not UTF-8 text")
 
 
 def test_codecs_browsers_do_not_play(tmp_path):

@@ -278,7 +278,12 @@ def test_a_kill_leaves_no_half_index(shards):
 
 def test_samples_and_captions():
     m = [("a.tar.gz/b.c.MP4", 1, 2), ("a.tar.gz/b.txt", 3, 4), ("c.json", 5, 6), ("._c.mp4", 0, 0), ("README.md", 0, 0)]
-    assert samples(m) == {"a.tar.gz/b": {".mp4": (1, 2), ".txt": (3, 4)}, "c": {".json": (5, 6)}}
+    assert samples(m) == ({"a.tar.gz/b": {".mp4": (1, 2), ".txt": (3, 4)}, "c": {".json": (5, 6)}}, [])
+    more = [("c.1.mp4", 1, 1), ("c.1.txt", 2, 1), ("c.2.mp4", 3, 1), ("c.2.txt", 4, 1)]                # the others keep the first dot
+    assert samples(m[:2] + more)[0] == {"a.tar.gz/b": {".mp4": (1, 2), ".txt": (3, 4)}, "c.1": {".mp4": (1, 1), ".txt": (2, 1)},
+                                        "c.2": {".mp4": (3, 1), ".txt": (4, 1)}}
+    images = [("d.video.mp4", 1, 1), ("d.caption.txt", 2, 1), ("d.0.png", 3, 1), ("d.1.png", 4, 1)]    # no videos, so no samples
+    assert samples(images)[0] == {"d": {".mp4": (1, 1), ".txt": (2, 1)}}
     says = streams.caption_of
     assert says("\ufeffa\n cat".encode(), ".txt") == "a cat" and says(b'{"prompt": "x", "caption": "y"}', ".json") == "y"
     assert [says(b, ".json") for b in (b'{"captions": "x"}', b'"x"', b"\xff", b'{"caption": null}')] == [""] * 4
@@ -722,3 +727,19 @@ def test_two_processes_on_shards_with_corrupt_members(broken, tmp_path):
     seen = [c for _, rows in one["log"] for c, _ in rows]
     assert len(seen) == 32 > 2 * n and "a torn one" not in seen
     for e in range(2): assert len(set(seen[e * n:e * n + n])) == n - 1                 # one stand-in an epoch, nobody else lost
+
+
+def test_names_with_dots_keep_their_captions_and_a_name_that_comes_again_is_told(tmp_path, cuts):
+    (one, told), (two, said) = cuts["000"], cuts["001"]
+    put(tmp_path / "a.tar", [*pair("clip.01", one, told), *pair("clip.02", two, said, "json"), ("clip.01.txt", b"another"), ("clip.02.MP4", one)])
+    index = read_index(tmp_path / "a.tar")
+    assert [c[0] for c in index["clips"]] == ["clip.01.mp4", "clip.02.mp4"]
+    assert index["skipped"] == [(n, " is there a second time: only the first is used.") for n in ("clip.01.txt", "clip.02.MP4")]
+    with pytest.warns(UserWarning, match="2 of 4 videos .* are left out. .*a.tar/clip.01.txt is there a second time"): data = Shards(tmp_path, **SMALL)
+    assert data.captions == [told, said]
+
+
+def test_shards_in_linked_folders_are_found(shards, tmp_path):
+    (tmp_path / "here").mkdir(); (tmp_path / "here" / "link").symlink_to(shards)
+    assert find_shards(tmp_path / "here") == [tmp_path / "here" / "link" / p.name for p in find_shards(shards)]
+    assert isinstance(open_source(tmp_path / "here", **SMALL), Shards)

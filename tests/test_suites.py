@@ -159,6 +159,12 @@ def test_other_settings_are_refused(tmp_path):
         with pytest.raises(UserError, match="holds videos with"): generate(noise, todo, tmp_path, other)
     with pytest.raises(UserError, match="no videos to make"): generate(noise, [], tmp_path, SETTINGS)
     with pytest.raises(UserError, match="batch is 0"): generate(noise, todo, tmp_path, SETTINGS, batch=0)
+    for text in ("[]", "{", "3"):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(UserError, match="settings.json does not say what videos .* give another output folder"): generate(noise, todo, tmp_path, SETTINGS)
+    (tmp_path / "settings.json").unlink(); (tmp_path / "videos.csv").write_text("id,url\n1,x\n")
+    with pytest.raises(UserError, match="videos.csv is no table of file, prompt, seed"): generate(noise, todo, tmp_path, SETTINGS)
+    assert not (tmp_path / "settings.json").exists()
 
 
 SCRIPT = """

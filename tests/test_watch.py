@@ -2,10 +2,12 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from t2v_turbo import watch as watch_module
 from t2v_turbo.caches import build_cache, open_cache
 from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.teachers.folders import load_teacher
@@ -71,6 +73,17 @@ def test_a_reward_outside_the_loss_is_held_out(trainer):
 def test_a_reward_in_the_loss_cannot_be_held_out(trainer):
     named = Trainer(replace(trainer.cfg, reward="tiny-image"))
     with pytest.raises(UserError, match="held_out 'tiny-image' is in the loss"): Watcher(named, WatchOptions(held_out="tiny-image"))
+
+
+def test_a_held_out_reward_reads_with_the_vocabulary_of_the_run(trainer, monkeypatch):
+    "One that takes no vocabulary is not handed any"
+    w, asked = object.__new__(Watcher), []
+    cfg = replace(trainer.cfg, vocabulary="words.txt.gz")
+    w.trainer = SimpleNamespace(cfg=cfg, accelerator=trainer.accelerator)
+    monkeypatch.setattr(watch_module, "reward_named", lambda *x, **more: asked.append((*x, more)) or torch.nn.Identity())
+    for name in ("hpsv2.1@hps.pt", "tiny-video"):
+        w.o = WatchOptions(held_out=name); w._held_out()
+    assert asked == [("hpsv2.1", "hps.pt", dict(vocabulary="words.txt.gz")), ("tiny-video", None, {})]
 
 
 def test_prompts_of_ones_own(trainer, tmp_path):

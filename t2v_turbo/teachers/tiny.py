@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ..core import UserError
-from .base import Teacher
+from .base import Teacher, load_part
 from ..world import COLOURS, MOTIONS, SHAPES
 
 # %% ../../nbs/11_tiny_teacher.ipynb #717ac053
@@ -127,12 +127,11 @@ def load_teacher(name:str|Path="tiny", # `"tiny"`, or a folder written by `save_
     if not (folder / "denoiser").is_dir():
         raise UserError(f"no teacher in {str(folder)!r}: give 'tiny' or a folder that holds "
                         "denoiser/, vae/, text_encoder/, tokenizer/ and scheduler/")
-    part = lambda cls, sub: cls.from_pretrained(folder / sub, local_files_only=True)
+    nets = dict(denoiser=TinyVideoDenoiser, vae=AutoencoderKL, text_encoder=CLIPTextModel)
+    nets = [load_part(cls, folder, part, torch.float32) for part, cls in nets.items()]
     meta = json.loads((folder / "teacher.json").read_text())
-    return Teacher(
-        str(name), part(TinyVideoDenoiser, "denoiser").float(), part(AutoencoderKL, "vae").float(),
-        part(CLIPTextModel, "text_encoder").float(), part(PreTrainedTokenizerFast, "tokenizer"),
-        part(DDIMScheduler, "scheduler"), meta["frames"], meta["fps"])
+    return Teacher(str(name), *nets, load_part(PreTrainedTokenizerFast, folder, "tokenizer"),
+                   load_part(DDIMScheduler, folder, "scheduler"), meta["frames"], meta["fps"])
 
 def save_teacher(teacher:Teacher, # a teacher of this notebook's classes
                  folder:str|Path, # where to; made if it is not there
