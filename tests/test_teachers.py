@@ -8,7 +8,8 @@ import torch
 
 import t2v_turbo
 from t2v_turbo.cli import main
-from t2v_turbo.teachers.folders import tiny_modelscope
+from t2v_turbo.student import Student
+from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
 from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2, tiny_videocrafter2
 from t2v_turbo.teachers.wan import save_wan, tiny_wan
 
@@ -41,6 +42,21 @@ def test_one_step_and_four(kind, tmp_path, capsys):
     assert main(["distill", "--teacher", name, *one, *options, "--out", str(out)]) == 0
     assert main(["sample", "--student", str(out / "student"), "--out", str(tmp_path / "v")]) == 0
     assert len(list((tmp_path / "v").glob("*.mp4"))) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_denoiser_is_called_in_its_precision(kind, dtype, tmp_path):
+    "Which is that of its first convolution, whatever the adapters are in"
+    make, _ = KINDS[kind]
+    if make: make(tmp_path / kind)
+    teacher = load_teacher(tmp_path / kind if make else "tiny", dtype=dtype)
+    student, seen = Student(teacher, 2), []
+    zt = torch.zeros(1, *teacher.latent_shape)[..., :4, :4]
+    teacher.denoiser.register_forward_pre_hook(lambda net, x, kw: seen.append((x[0].dtype, kw["encoder_hidden_states"].dtype)),
+                                               with_kwargs=True)
+    with torch.no_grad(): out = student(zt, torch.tensor([499]), teacher.encode_text(["a cat"]), torch.tensor([3.]))
+    assert seen == [(dtype, dtype)] == [(teacher.denoiser.dtype,)*2] and out.dtype == torch.float32
 
 
 def test_illegal_sizes_name_the_nearest(tmp_path, capsys):

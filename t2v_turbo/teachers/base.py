@@ -130,7 +130,8 @@ def denoise(self:Teacher,
             w_emb:Tensor|None=None, # embedded guidance `(b 256)`; `None`: no w-projection
            )->tuple:            # `(x0, eps)`, both like `zt`, float32
     "One call of the network, read as data and noise"
-    dtype = self.denoiser.dtype
+    conv = (p.dtype for p in self.denoiser.parameters() if p.ndim > 3)  # the first takes `zt`;
+    dtype = next(conv, None) or self.denoiser.dtype       # diffusers' `.dtype` walks all layers
     cond = None if w_emb is None else w_emb.to(dtype)
     out = self.denoiser(zt.to(dtype), self.schedule.time(t), encoder_hidden_states=ctx.to(dtype),
                         timestep_cond=cond, return_dict=False)[0]
