@@ -147,6 +147,15 @@ def test_what_a_cell_prints_is_one_block(pages):
     assert not [n for n, s in pages.items() if re.search(halves, re.sub(r"</?code[^>]*>", "", s))]
 
 
+def test_printed_sentences_fit_the_page(pages):
+    "What is wider has columns, and can be scrolled"
+    blocks = [b for s in pages.values() for b in re.findall(r'cell-output-stdout[^>]*>\s*<pre[^>]*>(.*?)</pre>', s, flags=re.S)]
+    lines = [l for b in blocks for l in html.unescape(re.sub(r"<[^>]*>", "", b)).split("\n")]
+    assert len(blocks) > 100 and any(l.startswith("    ") and l.endswith("frame rate") for l in lines)
+    long = [l for l in lines if len(l) > 105 and " " in l and not re.search(r"\S {2,}\S", l)]
+    assert not long, long
+
+
 def test_options_keep_their_dashes(pages):
     assert "--version" in visible(pages["tutorials/first_minutes.html"])
     assert not [n for n, s in pages.items() if re.search(r"[\s(]–[a-z]", visible(s))]

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import urllib.request
 from configparser import ConfigParser
 from pathlib import Path
@@ -25,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KATEX = "0.16.11", "RQrI8rlHY92OLf3rho/Ts8i/XvjgguEjOkO1BEXcU3N8BqPpSzBNwV/G0Ukr+P/l3ivvJUE/Fa/CwbS6HesGNQ=="
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+WIDTH = 105                                                   # letters of a print that fit beside the contents
 BAR = re.compile(r"\d+%\|")                                   # a progress bar that was stored
 
 
@@ -88,6 +90,16 @@ def join_prints(nb):
         if c["cell_type"] == "code": c["outputs"] = whole
 
 
+def fold(nb):
+    "A sentence wider than the page is broken as the reader's window would; a table, which has aligned columns, stays"
+    wide = lambda line: len(line) > WIDTH and not re.search(r"\S {2,}\S", line)
+    how = dict(width=WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    for c in nb["cells"]:
+        for o in c.get("outputs", []):
+            if o["output_type"] == "stream":
+                o["text"] = "\n".join(textwrap.fill(l, **how) if wide(l) else l for l in text(o["text"]).split("\n"))
+
+
 def line_of(path, name):
     "Where `name`, or `Class.method`, is defined in a file, in the class or patched onto it; 0 if it is not"
     top = ast.parse(path.read_text(encoding="utf-8")).body
@@ -137,6 +149,7 @@ def process(root, workers):
         describe(nb)
         without_bars(nb)
         join_prints(nb)
+        fold(nb)
         unlink_code(nb)
         cards(nb, root)
         nb["cells"][0]["source"] = re.sub(r"^output-file:.*\n", "", text(nb["cells"][0]["source"]), flags=re.M)
