@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KATEX = "0.16.11", "RQrI8rlHY92OLf3rho/Ts8i/XvjgguEjOkO1BEXcU3N8BqPpSzBNwV/G0Ukr+P/l3ivvJUE/Fa/CwbS6HesGNQ=="
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-WIDTH = 105                                                   # letters of a print that fit beside the contents
+WIDTH = 98                                                    # letters of a print that fit beside the contents
 BAR = re.compile(r"\d+%\|")                                   # a progress bar that was stored
 
 
