@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from .base import at_least
 from .checkpoints import claim
 from .core import UserError, atomic, write_json
 from .distill import Objective
@@ -43,7 +44,7 @@ class AblateOptions:
             if not all(v.isdigit() for v in getattr(self, name).split(",")):
                 raise UserError(f"{name} {getattr(self, name)!r}: give whole numbers with commas "
                                 "between")
-        if self.jobs < 0: raise UserError(f"jobs is {self.jobs}: give 0 or more")
+        at_least(vars(self), jobs=0)
 
 def _types()->dict:
     "Name: (dataclass, type) of every setting that can be varied"

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .base import at_least
 from .core import UserError, atomic, expand_to, sweep, write_json
 from .data import Dealt, order
 from .schedule import Forward
@@ -461,8 +462,7 @@ def _check_options(kind, options, **given):
     for n in options:
         if n not in allowed: raise UserError(f"a {kind} cache has no option {n!r}: it takes "
                                              f"{', '.join(allowed) or 'none'}")
-    for n, least in dict(batch=1, shard=1, num_processes=1, at_once=0, samples=0).items():
-        if given[n] < least: raise UserError(f"{n} is {given[n]}: give {least} or more")
+    at_least(given, batch=1, shard=1, num_processes=1, at_once=0, samples=0)
     if given["dtype"] not in DTYPES:
         raise UserError(f"dtype {given['dtype']!r}: give one of {', '.join(DTYPES)}")
     if not 0 <= given["rank"] < given["num_processes"]:

@@ -23,7 +23,7 @@ from fastcore.docments import docments
 from safetensors import SafetensorError
 
 from . import __version__
-from .base import UserError
+from .base import UserError, at_least
 
 # %% ../nbs/50_cli.ipynb #63ee377a
 def add_options(parser:argparse.ArgumentParser, # gets the options
@@ -58,9 +58,7 @@ class DistillOptions:
     teacher_w:float = 2.   # guidance of the 50-step teacher in the table
 
     def __post_init__(self):
-        if not self.teacher_w >= 0:
-            raise UserError(f"teacher_w is {self.teacher_w}: give 0 or more")
-        if self.repeats < 1: raise UserError(f"repeats is {self.repeats}: give 1 or more")
+        at_least(vars(self), teacher_w=0, repeats=1)
 
 # %% ../nbs/50_cli.ipynb #febf03ef
 def weights_in_words(o, # an `Objective`
@@ -239,7 +237,7 @@ class EvaluateOptions:
     def __post_init__(self):
         if not 1 <= self.steps <= 16: raise UserError(f"steps is {self.steps}: give 1 to 16")
         if not math.isfinite(self.w): raise UserError(f"w is {self.w}: give a number")
-        if self.repeats < 1: raise UserError(f"repeats is {self.repeats}: give 1 or more")
+        at_least(vars(self), repeats=1)
 
 # %% ../nbs/50_cli.ipynb #0d2183dc
 def evaluate(o:EvaluateOptions=EvaluateOptions(), # whom to judge
@@ -406,10 +404,8 @@ class PlanOptions:
     tflops:float = 0.    # what the GPU really does, for seconds a step; 0: memory only
 
     def __post_init__(self):
-        for name, least in dict(frames=0, height=0, width=0, batch=1, rank=1, image_frames=1,
-                                gpu=0, tflops=0).items():
-            if not (v := getattr(self, name)) >= least:
-                raise UserError(f"{name} is {v}: give {least} or more")
+        at_least(vars(self), frames=0, height=0, width=0, batch=1, rank=1, image_frames=1,
+                 gpu=0, tflops=0)
 
     def run(self):
         from tqdm.auto import tqdm

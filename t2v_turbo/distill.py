@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .caches import Pair
 from .consistency import cd_loss
+from .base import at_least
 from .core import UserError
 from .rewards.base import (SHAPES_OF_J, objective, per_frame, random_frames,
                                     strided_frames)
@@ -37,8 +38,7 @@ class Objective:
     video_frames:int = 4       # frames the video reward sees, 1..frames of the clip
 
     def __post_init__(self):
-        for n in ("beta_img", "beta_vid"):
-            if getattr(self, n) < 0: raise UserError(f"{n} is {getattr(self, n)}: give 0 or more")
+        at_least(vars(self), beta_img=0, beta_vid=0)
         if self.k < 1 or 1000 % self.k: raise UserError(f"k {self.k} does not divide 1000")
         if not 0 <= self.w_min <= self.w_max:
             raise UserError(f"w range [{self.w_min}, {self.w_max}] is empty or negative")

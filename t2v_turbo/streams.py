@@ -34,7 +34,7 @@ from torch import Tensor
 from .core import UserError, atomic, write_video
 from .data import (FILE, ROWS, TEXT, VIDEO, BadClip, ClipFolder, Clips, Dealt,
                             check_length, column, files_below, find_clips, in_threads, order,
-                            probe, read_clip, read_table, read_text, reasons)
+                            probe, read_clip, read_table, reasons, text_lines)
 from .world import World, step_gen
 
 # %% ../nbs/07_streams.ipynb #2b4a4eb0
@@ -380,7 +380,7 @@ def _prompts(path):
     if isinstance(path, (list, tuple)): return enumerate(path, 1)
     kind = Path(path).suffix
     if kind in ROWS: return ((i, column(row, TEXT)) for i, row in ROWS[kind](path))
-    return ((i, line) for i, line in enumerate(read_text(path).split("\n"), 1) if line.strip())
+    return text_lines(path)
 
 class Prompts(Dealt):
     "A source of prompts without clips, deterministic in (seed, step)"

@@ -9,7 +9,6 @@ __all__ = ['VIDEOS', 'FLICKER_VIDEOS', 'RAW', 'PUBLISHED', 'read_suite', 'fetch_
 # %% ../nbs/43_prompts.ipynb #06cb86a3
 import csv
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -23,9 +22,10 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from .base import at_least
 from .checkpoints import claim
 from .core import UserError, atomic, make_gen, pick_device, write_json, write_video
-from .data import probe, read_text
+from .data import ROWS, probe
 from .pipeline import T2VTurboPipeline, sample_teacher
 from .teachers.base import Teacher
 
@@ -170,8 +170,7 @@ def _agree(out, settings):
 def _note(out, settings, todo):
     "Write the settings, and the seeds of these videos and of those made before"
     path, columns = out / "videos.csv", ["file", "prompt", "seed"]
-    text = read_text(path) if path.is_file() else ""
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    rows = [r for _, r in ROWS[".csv"](path)] if path.is_file() else []
     if any([*r] != columns for r in rows): raise UserError(
         f"{path} is no table of {', '.join(columns)}: give another output folder")
     write_json(out / "settings.json", settings)
@@ -203,7 +202,7 @@ def generate(sample:Callable, # prompts and seeds to clips, see `by_student`
     state, out = processes(), Path(out)
     main, part, videos = state.is_main_process, out / "partial", out / "videos"
     if not todo: raise UserError("no videos to make: the prompt file is empty")
-    if batch < 1: raise UserError(f"batch is {batch}: give 1 or more")
+    at_least(dict(batch=batch), batch=1)
     _agree(out, settings)
     with claim(out) if main else nullcontext():
         if main: _note(out, settings, todo)

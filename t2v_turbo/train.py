@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optim
                                                      set_optimizer_state_dict)
 from torch.distributed.tensor import distribute_tensor
 
+from .base import at_least
 from .caches import open_cache, open_texts
 from .checkpoints import CannotSave, Checkpoints, Stopped, stop_signals
 from .core import UserError, atomic, make_gen, pick_device, write_json
@@ -83,8 +84,8 @@ class Config:
 # %% ../nbs/33_train.ipynb #27b3da63
 def _check_config(c):
     "Refuse settings that cannot be meant"
-    for n in ("steps", "batch", "accumulate", "rank", "workers", "save_every", "max_skipped"):
-        if getattr(c, n) < 1: raise UserError(f"{n} is {getattr(c, n)}: give 1 or more")
+    at_least(vars(c), steps=1, batch=1, accumulate=1, rank=1, workers=1, save_every=1,
+             max_skipped=1)
     if not 0 < c.lr < math.inf: raise UserError(f"lr is {c.lr}: give a positive learning rate")
     if not c.clip > 0: raise UserError(f"clip is {c.clip}: give a positive norm; inf clips nothing")
     if not 0 <= c.seed < 2**40: raise UserError(f"seed is {c.seed}: give 0 to {2**40 - 1}")

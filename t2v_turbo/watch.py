@@ -18,6 +18,7 @@ from scipy.stats import ttest_rel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .base import at_least
 from .core import UserError, atomic, make_gen, strip
 from .data import read_prompts
 from .evaluate import (high_frequency, judge, judge_score, load_judges, motion_amount,
@@ -46,13 +47,9 @@ class WatchOptions:
     patience:int = 4         # looks in a row that must say so
 
     def __post_init__(self):
-        if not self.student_w >= 0:
-            raise UserError(f"student_w is {self.student_w}: give 0 or more")
-        if self.eval_every < 0: raise UserError(f"eval_every is {self.eval_every}: give 0 or more")
+        at_least(vars(self), student_w=0, eval_every=0, clips_each=1, patience=1)
         if not 1 <= self.student_steps <= 16:
             raise UserError(f"student_steps is {self.student_steps}: give 1 to 16")
-        if self.clips_each < 1: raise UserError(f"clips_each is {self.clips_each}: give 1 or more")
-        if self.patience < 1: raise UserError(f"patience is {self.patience}: give 1 or more")
         if self.on_hacking not in ("off", "warn", "stop"):
             raise UserError(f"on_hacking {self.on_hacking!r}: give off, warn or stop")
         if self.prompts and not Path(self.prompts).is_file():
