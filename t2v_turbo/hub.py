@@ -72,7 +72,7 @@ def pick(sets:dict,    # from `weight_sets`
 
 # %% ../nbs/08_hub.ipynb #ddaf6697
 _SMALL = (".json", ".txt", ".model")                # `.model`: SentencePiece's words
-_SKIP = ("safety_checker", "feature_extractor", "image_encoder")
+_SKIP = ("safety_checker", "feature_extractor", "image_encoder", "onnx", "openvino", "flax")
 _OWN = ("fps_embedding.safetensors",)               # of a converted VideoCrafter2
 
 def components(index:dict, # a `model_index.json`
@@ -222,13 +222,14 @@ def _arriving(name):
 def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
                  variant=None, # see `pick`
                  dtype=None,   # see `pick`
+                 weights:bool=True, # `False`: only configurations and tokenizers
                 )->Path:       # a folder of the hub's cache
     "Bring the files of a model that are needed"
     repo, revision = split_name(name)
     info = _ask(name, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
     if info is None:                                         # from the cache, if it is whole
         at = cached(repo, revision)
-        if not (gone := lacking(at)): return at
+        if not weights or not (gone := lacking(at)): return at
         raise UserError(f"the hub cannot be reached, and the cache has {name!r} without "
                         f"{', '.join(gone)}: connect, and run it again")
     sizes, parts = {s.rfilename: s.size or 0 for s in info.siblings}, None
@@ -236,7 +237,8 @@ def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
         if "model_index.json" in sizes:
             index = hf_hub_download(repo, "model_index.json", revision=info.sha)
             parts = components(read_index(Path(index).parent))
-        files = wanted(sizes, parts, variant, dtype)
+        small = [f for f in sizes if f.endswith(_SMALL)]
+        files = wanted(sizes if weights else small, parts, variant, dtype)
         if not files: raise UserError(f"{name!r} holds no file of a model: give another name")
         _announce(name, {f: sizes[f] for f in files}, _snapshots(repo)/info.sha)
         return Path(snapshot_download(repo, revision=revision,
