@@ -32,7 +32,8 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from ..core import UserError, clips_of, frames_of
 from ..hub import fetch_file, fetch_folder, split_name
 from .base import CosineReward, Facts, Reward, at_least_fp32, in_chunks
-from ..teachers.base import check_words, read_torch, tokenize, which_weights
+from ..teachers.base import (check_words, not_counted, read_torch, tokenize,
+                                     which_weights)
 from ..teachers.videocrafter2 import clip_tokenizer, read_merges
 
 _Net = TypeVar("_Net", bound=nn.Module)
@@ -389,7 +390,8 @@ def pretrained(cls:type[_Net], # a transformers model class
         why = "".join(str(e).strip().splitlines()[-1:])
         raise UserError(f"{what}: {folder!r} cannot be loaded ({why}): give a folder in "
                         "transformers' format") from None
-    found = {k: info[f"{k}_keys"] for k in ("missing", "unexpected", "mismatched")}
+    found = dict(missing=info["missing_keys"], unexpected=not_counted(info),
+                 mismatched=info["mismatched_keys"])
     said = [f"{told(map(str, v))} {k}" for k, v in found.items() if v]
     if said: raise UserError(f"{folder!r} does not hold {what}: {', '.join(said)}")
     return model.eval()

@@ -6,7 +6,7 @@
 __all__ = ['NEEDED', 'tokenize', 'Teacher', 'zero_w_projection', 'same_teacher', 'own_dtype', 'weights_id', 'weights_ids',
            'tokens_id', 'differing', 'not_a_pointer', 'local_file', 'read_object', 'read_torch', 'differences',
            'check_size', 'check_whole', 'dtype_arg', 'check_peft', 'check_config', 'check_words', 'which_weights',
-           'load_part', 'read_about', 'new_folder', 'save_parts']
+           'not_counted', 'load_part', 'read_about', 'new_folder', 'save_parts']
 
 # %% ../../nbs/10_teachers.ipynb #2422e105
 import hashlib
@@ -430,6 +430,7 @@ def check_words(tokenizer,     # of transformers
                     "captions become the same tokens: give all its files as published "
                     "(tokenizer.json, or vocab.json and merges.txt, or spiece.model)")
 
+# %% ../../nbs/10_teachers.ipynb #8468a50d
 def _not_loaded(path, cls, why):
     first = "".join(why.strip().splitlines()[:1])[:200]
     kind = "" if "Tokenizer" in cls.__name__ or "Scheduler" in cls.__name__ else "with whole " \
@@ -453,6 +454,11 @@ def which_weights(cls:type,      # to be loaded
         else: not_a_pointer(path/file)
     return dict(variant=key[0] or None, use_safetensors=key[1] == "safetensors")
 
+def not_counted(info:dict, # from `output_loading_info=True`
+               )->list:    # names of tensors
+    "Unknown tensors, but for the buffer of positions that older versions saved and none reads"
+    return [k for k in info["unexpected_keys"] if not k.endswith("position_ids")]
+
 # %% ../../nbs/10_teachers.ipynb #cc90b84e
 def load_part(cls:type,     # a diffusers or transformers class
               folder:str|Path, # a diffusers folder
@@ -472,7 +478,7 @@ def load_part(cls:type,     # a diffusers or transformers class
     if dtype is None: return check_words(got, path) if hasattr(got, "get_vocab") else got
     part, info = got
     wrong = [f"{k} is {tuple(a)}, not {tuple(b)}" for k, a, b in info["mismatched_keys"]]
-    if told := differences(missing=info["missing_keys"], unknown=info["unexpected_keys"],
+    if told := differences(missing=info["missing_keys"], unknown=not_counted(info),
                            of_another_shape=wrong):
         raise UserError(f"{str(path)!r} does not have the tensors of a {cls.__name__}: {told}; "
                         "give the folder as it was published or converted")
