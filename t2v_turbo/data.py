@@ -6,8 +6,8 @@
 __all__ = ['VIDEO', 'FILE', 'TEXT', 'ROWS', 'TABLES', 'BESIDE', 'BACKGROUND', 'BLOCK', 'Clip', 'BadClip', 'read_text',
            'text_lines', 'read_prompts', 'cell', 'captions_in', 'column', 'inside', 'read_table', 'files_below',
            'find_clips', 'nearest', 'open_video', 'probe', 'fit', 'turn', 'picture', 'check_length', 'read_clip',
-           'order', 'Dealt', 'reasons', 'Clips', 'in_threads', 'one_of', 'check_missing', 'content_mark', 'digest',
-           'match_record', 'Recorded', 'ClipFolder']
+           'order', 'Dealt', 'reasons', 'Clips', 'in_threads', 'one_of', 'check_missing', 'mark_of', 'content_mark',
+           'digest', 'match_record', 'Recorded', 'ClipFolder']
 
 # %% ../nbs/06_data.ipynb #06cb86a3
 import ast
@@ -38,6 +38,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
+from .base import is_rubbish
 from .core import UserError
 from .world import step_gen
 
@@ -201,16 +202,12 @@ def files_below(folder, # path of a folder
     found, seen, todo = [], set(), [folder]
     while todo:
         for at, folders, files in os.walk(todo.pop(0)):
-            folders[:] = sorted(f for f in folders if not _rubbish(f))
+            folders[:] = sorted(f for f in folders if not is_rubbish(f))
             if (real := os.path.realpath(at)) in seen: folders.clear()
-            else: found += [Path(at, f) for f in files if not _rubbish(f)]
+            else: found += [Path(at, f) for f in files if not is_rubbish(f)]
             todo += filter(os.path.islink, (os.path.join(at, f) for f in folders))
             seen.add(real)
     return sorted(found)
-
-def _rubbish(name):
-    "Whether a Mac or a killed writer left this behind: never data, whatever its ending"
-    return name.startswith(("._", ".tmp-")) or name == "__MACOSX"
 
 def _tables(files):
     "The tables of captions among files; `metadata` is one if it has both columns"
@@ -597,14 +594,18 @@ def check_missing(missing):
 # %% ../nbs/06_data.ipynb #d7427a62
 BLOCK = 2**18 # bytes
 
+def mark_of(file, # open binary file
+            size:int, # bytes in it
+           )->str: # 16 hex digits
+    "Hash an open file: whole up to four blocks, else its size, head, middle and tail"
+    h, whole = hashlib.sha256(str(size).encode()), size <= 4 * BLOCK
+    for at in (0,) if whole else (0, size // 2, size - BLOCK):
+        file.seek(at); h.update(file.read(size if whole else BLOCK))
+    return h.hexdigest()[:16]
+
 @lru_cache(maxsize=2**17)
 def _mark(path, size, *_):
-    h = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as f:
-        if size <= 4 * BLOCK: h.update(f.read())
-        else:
-            for at in (0, size // 2, size - BLOCK): f.seek(at); h.update(f.read(BLOCK))
-    return h.hexdigest()[:16]
+    with open(path, "rb") as f: return mark_of(f, size)
 
 def content_mark(path, # of a file
                 )->str: # 16 hex digits; of a file over 1 MiB: of its size, head, middle and tail
@@ -636,13 +637,13 @@ def match_record(now:list, # rows `[name, what it is, ...]` of the units that ca
 
 # %% ../nbs/06_data.ipynb #975b2bbd
 class Recorded(Clips):
-    "A source whose identity is a record: a row `[name, what it is, ...]` for each unit of the deal"
+    "A source whose identity is a record: a row `[name, .., content]` for each unit of the deal"
     gone:dict|None = None   # number of a unit of the record: why it can no longer be read
     if TYPE_CHECKING: # written by each source: the rows now; deal the units of another record
         def rows_now(self)->list: ...
         def deal(self, record:list, own:list): ...
 
-    def record(self)->list: # `[name, what it is, ...]` of each unit, for `take_over`
+    def record(self)->list: # `[name, .., content]` of each unit, for `take_over`
         "The record of these data, to be kept by a run that may have to go on"
         if self._record is None: self._record = self.rows_now()
         return self._record
@@ -651,6 +652,10 @@ class Recorded(Clips):
     def fingerprint(self)->str: # tells one set of data from another
         "A hash of the record: names, captions and contents"
         return digest(self.record())
+
+    def listing(self)->str:
+        "A hash of the record without contents: it stays when a video is replaced"
+        return digest([row[:-1] for row in self.record()])
 
     def take_over(self, record:list): # that `record` gave when the run began
         "Deal what the record names: what is gone or broken since is named, and gets stand-ins"
