@@ -434,7 +434,7 @@ def _check_moving(name, times, picked, ended, fps, least):
     runs = [sum(1 for _ in run) for _, run in groupby(id(f) for _, f in picked)]
     still, allowed = (max(runs) - 1) / fps, max(least, 1 / fps) + .5 / fps
     if (first - times[0] > allowed or ended and times[-1] - last > max(allowed, held + .5 / fps)
-            or still > max(least, (len(times) - 1) / fps / 2)):
+            or still > max(least, (len(times) - 1) / fps / 3)):
         raise BadClip(f"{name} has no moving pictures between {times[0]:.2f} and {times[-1]:.2f} s "
                       f"({len(runs)} for {len(times)} frames): replace it or take it out.")
 
@@ -450,7 +450,8 @@ def read_clip(video, # path of a video, or an open file
     "A clip out of a video, from a random start"
     name, ended = video if name is None else name, []
     with open_video(video, name) as (box, v):
-        seconds = _end(box, v) if seconds is None else seconds
+        known = getattr(video, "seconds", None) if seconds is None else seconds
+        seconds = _end(box, v) if known is None else known
         check_length(name, seconds, frames, fps)
         start = torch.rand((), generator=gen).item() * max(0., seconds - frames / fps)
         times = [start + i / fps for i in range(frames)]

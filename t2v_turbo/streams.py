@@ -157,7 +157,9 @@ class Part:
                  file, # an open binary file
                  at:int, # where the stretch begins
                  size:int, # its length in bytes
-                ): self.file, self.start, self.size, self.at = file, at, size, 0
+                 seconds:float|None=None, # of the video in it, where that is known
+                ):
+        self.file, self.start, self.size, self.at, self.seconds = file, at, size, 0, seconds
 
     def read(self, n=-1):
         left = max(0, self.size - self.at)
@@ -395,8 +397,8 @@ def load(self:Shards, i, gen):
     with self._open(s) as f:
         captions = captions_of(Part(f, *text).read(), ".json" if is_json else ".txt")
         seconds = None if np.isnan(self.seconds[i]) else float(self.seconds[i])
-        clip = read_clip(Part(f, at, size), self.frames, self.size, self.fps, gen, self.name(i),
-                         seconds)
+        part = Part(f, at, size, seconds)
+        clip = read_clip(part, self.frames, self.size, self.fps, gen, self.name(i))
         return clip, one_of(captions, gen)
 
 @patch(as_prop=True)
