@@ -119,11 +119,11 @@ def test_all_eight_orientations(tmp_path, a, b, c, d, sar):
 
 @pytest.mark.parametrize("name,codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.avi", "mpeg4"), ("a.mpg", "mpeg2video")])
 def test_pixels_that_are_not_square(tmp_path, name, codec):
-    "A disc stored twice as tall as it is wide is round again"
+    "A disc stored narrow, for a screen of 4:3, is round again"
     def disc(i, n, h, w):
         y, x = np.mgrid[:h, :w]
-        return np.where((((x - w / 2) * 2)**2 + (y - h / 2)**2 < 20**2)[..., None], np.uint8([240] * 3), np.uint8(20))
-    path = make(tmp_path / name, codec, draw=disc, h=64, w=48, n=50, rate=25, sar=Fraction(2, 1))
+        return np.where((((x - w / 2) * 16 / 9)**2 + (y - h / 2)**2 < 20**2)[..., None], np.uint8([240] * 3), np.uint8(20))
+    path = make(tmp_path / name, codec, draw=disc, h=64, w=48, n=50, rate=25, sar=Fraction(16, 9))
     x = frames_of(path, size=(64, 64))[:, 2].mean(0) > .5
     tall, wide = x.any(1).sum().item(), x.any(0).sum().item()
     assert abs(tall - wide) <= 3 and abs(tall - 40) <= 4, (tall, wide)
