@@ -48,7 +48,8 @@ VIDEO = (".mp4", ".m4v", ".mov", ".qt", ".webm", ".mkv", ".avi", ".gif", ".mpg",
          ".3g2", ".ogv", ".ogm", ".mxf", ".dv", ".divx", ".y4m", ".apng", ".mjpeg", ".nut",
          ".ivf")  # endings of video files, in any case
 FILE = ("file", "file_name", "filename", "file_path", "filepath", "path", "video", "video_path",
-        "video_file", "video_name", "clip", "clip_path") # names of the column with the files
+        "video_file", "video_name", "video_file_name", "clip",
+        "clip_path")                                     # names of the column with the files
 TEXT = ("caption", "text", "prompt", "captions", "texts", "description",
         "sentence", "title")                             # names of the column with the captions
 
@@ -116,6 +117,17 @@ def _csv_rows(path):
         f"Line {rows.line_num} of {path} is no CSV ({e}): write it as CSV again.") from e
 
 # %% ../nbs/06_data.ipynb #8f5f88ce
+def _json_rows(path):
+    "The rows of a JSON file: a list of objects, or one object from file to caption"
+    try: rows = json.loads(read_text(path))
+    except (ValueError, RecursionError): rows = None
+    if isinstance(rows, dict) and all(isinstance(v, (str, list)) for v in rows.values()):
+        rows = [dict(file=k, caption=v) for k, v in rows.items()]
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows): raise UserError(
+        f"{str(path)!r} is not a table of captions: write a list of objects like "
+        '{"file": "a.mp4", "caption": "a cat"}, or one object from file to caption')
+    yield from enumerate(rows, 1)
+
 def _parquet_rows(path):
     "The rows of a Parquet file"
     try: from pyarrow import ArrowException, parquet
@@ -129,7 +141,7 @@ def _parquet_rows(path):
     except (ArrowException, OSError) as e: raise UserError(
         f"{path} cannot be read as a Parquet file ({str(e).splitlines()[0]}).") from e
 
-ROWS = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows,
+ROWS = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows,
         ".parquet": _parquet_rows}  # readers of tables by ending
 TABLES = [s + e for s in ("captions", "metadata") for e in ROWS] # names of a folder's own table
 
@@ -192,7 +204,7 @@ def read_table(path, # a table with an ending of `ROWS`
 
 def _beside(video):
     "The clip of a video whose caption is the text file beside it"
-    text = video.with_suffix(".txt")
+    text = next(filter(Path.is_file, map(video.with_suffix, (".txt", ".TXT"))), video/"none")
     return Clip(video, " ".join(read_text(text).split()) if text.is_file() else "")
 
 # %% ../nbs/06_data.ipynb #0dfe1db4
@@ -209,20 +221,28 @@ def files_below(folder, # path of a folder
             seen.add(real)
     return sorted(found)
 
+def _is_table(file):
+    "Whether a file is a table of captions; `metadata` is one if it has both columns"
+    if file.name.lower() not in TABLES or not file.is_file(): return False
+    if file.stem.lower() == "captions": return True
+    try: _, row = next(iter(ROWS[file.suffix.lower()](file)), (0, {}))
+    except UserError:
+        if file.suffix.lower() == ".json": return False          # JSON of some other kind
+        raise
+    names = {str(n).strip().lower() for n in row}
+    return not names.isdisjoint(FILE) and not names.isdisjoint(TEXT)
+
 def _tables(files):
-    "The tables of captions among files; `metadata` is one if it has both columns"
-    found = [f for f in files if f.name.lower() in TABLES and f.is_file()]
-    for a, b in zip(found, found[1:]):
-        if a.parent == b.parent: raise UserError(
-            f"{a.parent} has both {a.name} and {b.name}: keep one of them.")
-    def named(f):
-        _, row = next(iter(ROWS[f.suffix.lower()](f)), (0, {}))
-        names = {str(n).strip().lower() for n in row}
-        return not names.isdisjoint(FILE) and not names.isdisjoint(TEXT)
-    return [f for f in found if f.stem.lower() == "captions" or named(f)]
+    "The tables of captions among files, one in a folder at most"
+    found = {}
+    for f in filter(_is_table, files):
+        other = found.setdefault(f.parent, f)
+        if other is not f: raise UserError(
+            f"{f.parent} has both {other.name} and {f.name}: keep one of them.")
+    return list(found.values())
 
 # %% ../nbs/06_data.ipynb #829f7ad4
-BESIDE = (".txt", ".json", ".md", ".html", *ROWS) # endings of files that describe videos
+BESIDE = (".txt", ".md", ".html", *ROWS) # endings of files that describe videos
 
 def _passed_over(folder, files):
     "Warn of files that are neither videos nor texts by their endings"

@@ -261,6 +261,19 @@ def test_uneven_times(tmp_path, name):
     assert (x - torch.tensor(near)).abs().max() < .06
 
 
+def test_an_edit_list(tmp_path):
+    "An editor cut 3 s out of 8 without coding again: the file holds all frames, and a list of those to show"
+    path = make(tmp_path / "a.mp4", n=96, draw=lambda i, n, h, w: np.full((h, w, 3), 2 * i, np.uint8))
+    raw = bytearray(path.read_bytes()); at, scale = raw.index(b"elst") + 4, struct.unpack_from(">I", raw, raw.index(b"mdhd") + 16)[0]
+    begin = struct.unpack_from(">I", raw, at + 12)[0]
+    struct.pack_into(">II", raw, at + 8, 3000, begin + 2 * scale); path.write_bytes(raw)
+    assert abs(probe(path) - 3) < .1
+    for seed in range(6):
+        shown = read_clip(path, 8, (16, 16), 8, make_gen(seed)).mean((0, 2, 3)) * 255 / 2 / 12
+        start = torch.rand((), generator=make_gen(seed)).item() * 2
+        assert (shown - 2 - start - torch.arange(8) / 8).abs().max() < .13
+
+
 # --- what is a picture stream ---------------------------------------------------------------------
 
 def with_cover(path, pictures):
@@ -366,12 +379,13 @@ def test_endings_that_are_passed_over_are_named_and_counted(folder):
 
 # --- captions -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["metadata.csv", "captions.csv", "metadata.jsonl", "captions.tsv", "Metadata.CSV"])
+@pytest.mark.parametrize("name", ["metadata.csv", "captions.csv", "metadata.jsonl", "captions.tsv", "Metadata.CSV", "captions.json"])
 @pytest.mark.parametrize("columns", [("file_name", "text"), ("filename", "caption"), ("File_Name", "Caption"), ("video_path", "prompt"), (" video ", "description")])
 def test_tables_of_any_name(folder, name, columns):
     for t in folder.glob("*.txt"): t.unlink()
     rows = [(f"{n}.mp4", f"said of {n}, in short") for n in "abc"]
     if name.endswith("jsonl"): text = "".join(json.dumps(dict(zip(columns, r))) + "\r\n" for r in rows)
+    elif name.endswith("json"): text = json.dumps([dict(zip(columns, r)) for r in rows])
     else:
         mark = "\t" if name.endswith("tsv") else ","
         text = f"\ufeff{columns[0]}{mark}{columns[1]}\r\n" + "".join(f'{f}{mark}"{c}"\r\n' for f, c in rows)
@@ -385,6 +399,20 @@ def test_separators(folder, mark):
     table = folder / "captions.csv"
     table.write_text(f"id{mark}file{mark}caption\n1{mark}a.mp4{mark}" + ("a red, wide square" if mark != "," else '"a red, wide square"') + "\n")
     assert read_table(table)[0].caption == "a red, wide square"
+
+
+def test_json_tables(folder):
+    for t in folder.glob("*.txt"): t.unlink()
+    table = folder / "captions.json"
+    table.write_text(json.dumps({"a.mp4": "one", "b.mp4": ["two", "three"]}))
+    assert [(c.path.name, c.caption, c.others) for c in find_clips(folder)] == [("a.mp4", "one", ()), ("b.mp4", "two", ("three",)), ("c.mp4", "", ())]
+    for bad in ('{"a": 1}', "[1]", "{", '"x"'): table.write_text(bad); says("is not a table of captions", find_clips, folder)
+    table.rename(folder / "metadata.json"); assert len(find_clips(folder)) == 3        # settings of some other tool
+    (folder / "captions.csv").write_text("file,caption\na.mp4,x\n"); (folder / "b.TXT").write_text("in capitals")
+    assert [c.caption for c in find_clips(folder)] == ["x", "in capitals", ""]
+    (folder / "m").mkdir(); (folder / "metadata.csv").write_text("file_name,text\na.mp4,x\n")
+    make(folder / "m" / "x.mp4"); (folder / "m" / "metadata.csv").write_text("file_name,text\nx.mp4,x\n")
+    says("has both captions.csv and metadata.csv", find_clips, folder)
 
 
 def test_a_folder_of_folders_with_tables(folder):
