@@ -607,7 +607,8 @@ def one_of(captions:list, # of one clip, `list[str]`
     "Draw one of the captions of a clip; nothing is drawn where there is one"
     return captions[torch.randint(len(captions), (), generator=gen) if len(captions) > 1 else 0]
 
-def check_missing(missing):
+def check_missing(missing:str, # of a source
+                 ):
     "Raise `UserError` if `missing` is no known choice"
     if missing not in ("error", "skip"): raise UserError(
         f"missing is {missing!r}: give 'error' or 'skip'")
@@ -659,7 +660,8 @@ def match_record(now:list, # rows `[name, what it is, ...]` of the units that ca
 # %% ../nbs/06_data.ipynb #975b2bbd
 class Recorded(Clips):
     "A source whose identity is a record: a row `[name, .., content]` for each unit of the deal"
-    gone:dict|None = None   # number of a unit of the record: why it can no longer be read
+    gone:dict|None = None    # number of a unit of the record: why it can no longer be read
+    _record:list|None = None # as it was when the run began
     if TYPE_CHECKING: # written by each source: the rows now; deal the units of another record
         def rows_now(self)->list: ...
         def deal(self, record:list, own:list): ...
@@ -668,7 +670,6 @@ class Recorded(Clips):
         "The record of these data, to be kept by a run that may have to go on"
         if self._record is None: self._record = self.rows_now()
         return self._record
-    _record:list|None = None
 
     def fingerprint(self)->str: # tells one set of data from another
         "A hash of the record: names, captions and contents"
