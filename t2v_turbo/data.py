@@ -12,6 +12,7 @@ __all__ = ['VIDEO', 'FILE', 'TEXT', 'ROWS', 'TABLES', 'BESIDE', 'BACKGROUND', 'B
 # %% ../nbs/06_data.ipynb #06cb86a3
 import ast
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -44,9 +45,10 @@ from .world import step_gen
 
 # %% ../nbs/06_data.ipynb #b83df183
 VIDEO = (".mp4", ".m4v", ".mov", ".qt", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".mpe",
-         ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".flv", ".f4v", ".wmv", ".asf", ".3gp",
-         ".3g2", ".ogv", ".ogm", ".mxf", ".dv", ".divx", ".y4m", ".apng", ".mjpeg", ".nut",
-         ".ivf")  # endings of video files, in any case
+         ".m1v", ".m2v", ".mpv", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".trp", ".flv", ".f4v",
+         ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".ogm", ".mxf", ".dv", ".divx", ".rm", ".rmvb",
+         ".lrv", ".insv", ".mod", ".tod", ".h264", ".264", ".hevc", ".h265", ".265", ".y4m",
+         ".apng", ".mjpeg", ".mjpg", ".nut", ".ivf") # endings of video files, in any case
 FILE = ("file", "file_name", "filename", "file_path", "filepath", "path", "video", "video_path",
         "video_file", "video_name", "video_file_name", "clip",
         "clip_path")                                     # names of the column with the files
@@ -267,7 +269,9 @@ def find_clips(folder, # path of a folder with videos and captions
     videos = [p for p in files if p.suffix.lower() in VIDEO and p.is_file()]
     if not videos: raise UserError(
         f"{folder} holds no video file: give one with files that end in {', '.join(VIDEO)}.")
-    clips = [c for t in _tables(files) for c in read_table(t, look)]
+    tables = _tables(files)
+    clips = [c for t in tables for c in read_table(t, look)]
+    if len(tables) > 1: clips = list(dict.fromkeys(clips))  # a folder's table and one above it
     named = {c.path for c in clips}
     _passed_over(folder, [f for f in files if f not in named])
     return clips + [_beside(v) for v in videos if v not in named]
@@ -357,13 +361,18 @@ def probe(video, # path of a video, or an open file
 # %% ../nbs/06_data.ipynb #8759b04b
 _ALPHA = dict(vp8="libvpx", vp9="libvpx-vp9")  # decoders that know the transparency of WebM
 
+def _packets(box, v):
+    "The packets of a stream; VP8 would decode a block of zeros, and repeat its last picture"
+    for p in box.demux(v):
+        if v.codec.name == "vp8" and p.size >= 256 and not any(bytes(p)[-128:]):
+            raise OSError(errno.EIO, "a block of zeros")
+        yield p
+
 def _decode(box, v):
     "The frames of an open file from where it stands, without those that the decoder calls corrupt"
-    own = v.metadata.get("alpha_mode") == "1" and _ALPHA.get(v.codec_context.name)
-    if own in av.codecs_available:
-        context = av.CodecContext.create(own, "r")
-        frames = (f for p in box.demux(v) for f in context.decode(p))
-    else: frames = box.decode(v)
+    own = v.metadata.get("alpha_mode") == "1" and _ALPHA.get(v.codec.name)
+    context = av.CodecContext.create(own, "r") if own in av.codecs_available else None
+    frames = (f for p in _packets(box, v) for f in (context.decode(p) if context else p.decode()))
     return (f for f in frames if not f.is_corrupt)
 
 def _stream(box, v, start):

@@ -242,6 +242,20 @@ def test_damage_in_the_middle_is_never_a_frozen_clip(tmp_path):
         assert moving(path, 20) > 4
 
 
+def test_blocks_of_zeros_are_no_still_pictures(tmp_path):
+    "What a download leaves that was never finished: VP8 decodes it without an error"
+    rng = np.random.default_rng(0)
+    rough = lambda i, n, h, w: rng.integers(0, 255, (h, w, 3), np.uint8)
+    path = make(tmp_path / "a.webm", "libvpx", n=96, draw=rough, options={"b": "2000000"})
+    raw = bytearray(path.read_bytes())
+    with av.open(str(path)) as box: packets = [(p.pos, p.size) for p in box.demux(video=0) if p.size]
+    assert min(n for _, n in packets) > 400
+    for at, n in packets[48:]: raw[at + 60:at + n] = bytes(n - 60)
+    path.write_bytes(raw)
+    assert 0 < moving(path, 20) < 20
+    says("a block of zeros", read_clip, path, 8, (48, 64), 8, next(g for g in map(make_gen, range(99)) if torch.rand((), generator=make_gen(g.initial_seed())) > .8))
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
 def test_uneven_times(tmp_path, name):
     "Frames are picked by their time, not by their number"
@@ -310,7 +324,7 @@ def test_cover_art_is_no_video(tmp_path):
 ENDINGS = {".m4v": "libx264", ".MOV": "mpeg4", ".qt": "mpeg4", ".ts": "libx264", ".MTS": "libx264", ".m2ts": "libx264", ".mpeg": "mpeg2video",
            ".vob": "mpeg2video", ".flv": "flv", ".wmv": "wmv2", ".asf": "wmv2", ".3gp": "libx264", ".3g2": "mpeg4", ".ogv": "libtheora",
            ".mxf": "mpeg2video", ".y4m": "wrapped_avframe", ".nut": "mpeg4", ".ivf": "libvpx", ".f4v": "libx264", ".webm": "libvpx-vp9",
-           ".Mkv": "ffv1", ".m2v": "mpeg2video", ".apng": "apng", ".gif": "gif"}
+           ".Mkv": "ffv1", ".h264": "libx264", ".m2v": "mpeg2video", ".apng": "apng", ".gif": "gif"}
 
 
 def test_every_common_ending(tmp_path):
@@ -327,7 +341,7 @@ def test_every_common_ending(tmp_path):
             for p in s.encode(): box.mux(p)
         path.with_suffix(".txt").write_text("a red square")
         made.append(path)
-    assert len(made) > 18 and [c.path for c in find_clips(tmp_path)] == sorted(made)
+    assert len(made) > 19 and [c.path for c in find_clips(tmp_path)] == sorted(made)
     for path in made: assert abs(probe(path) - 2) < .2 and moving(path, 4) == 4, path
 
 
@@ -370,11 +384,11 @@ def test_what_a_mac_leaves_is_not_data(folder):
 
 
 def test_endings_that_are_passed_over_are_named_and_counted(folder):
-    for n in ("x.rmvb", "y.rmvb", "thumb.jpg", "noending", ".DS_Store", "README.md"): (folder / n).write_bytes(b"x")
-    with pytest.warns(UserWarning, match=r"4 files in .* are passed over for their endings \(2 .rmvb, 1 .jpg, 1 no ending\): noending, thumb.jpg, x.rmvb, y.rmvb|4 files") as w:
+    for n in ("x.xyz", "y.xyz", "thumb.jpg", "noending", ".DS_Store", "README.md"): (folder / n).write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"4 files in .* are passed over for their endings \(2 .xyz, 1 .jpg, 1 no ending\): noending, thumb.jpg, x.xyz, y.xyz|4 files") as w:
         assert len(ClipFolder(folder)) == 3
     told = str(w[0].message)
-    assert all(n in told for n in ("2 .rmvb", "1 .jpg", "x.rmvb", "y.rmvb", "thumb.jpg", "noending")) and "DS_Store" not in told and "README" not in told
+    assert all(n in told for n in ("2 .xyz", "1 .jpg", "x.xyz", "y.xyz", "thumb.jpg", "noending")) and "DS_Store" not in told and "README" not in told
 
 
 # --- captions -------------------------------------------------------------------------------------
@@ -421,6 +435,9 @@ def test_a_folder_of_folders_with_tables(folder):
         (folder / n / "metadata.csv").write_text(f"file_name,text\nx.mp4,of {n}\n")
     (folder / "metadata.csv").write_text("views,likes\n1,2\n")                 # another table altogether
     got = {c.path.relative_to(folder).as_posix(): c.caption for c in find_clips(folder)}
+    (folder / "captions.csv").write_text("file,caption\ntest/x.mp4,of test\n"); (folder / "metadata.csv").unlink()
+    assert len(find_clips(folder)) == 5                                        # named alike by both tables
+    (folder / "captions.csv").unlink()
     assert got == {"train/x.mp4": "of train", "test/x.mp4": "of test", **{f"{n}.mp4": f"clip {n}" for n in "abc"}}
     (folder / "train" / "captions.jsonl").write_text('{"file": "x.mp4", "caption": "y"}')
     says("has both captions.jsonl and metadata.csv", find_clips, folder)
