@@ -47,7 +47,7 @@ from .world import step_gen
 VIDEO = (".mp4", ".m4v", ".mov", ".qt", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".mpe",
          ".m1v", ".m2v", ".mpv", ".vob", ".ts", ".mts", ".m2ts", ".m2t", ".trp", ".flv", ".f4v",
          ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".ogm", ".mxf", ".dv", ".divx", ".rm", ".rmvb",
-         ".lrv", ".insv", ".mod", ".tod", ".h264", ".264", ".hevc", ".h265", ".265", ".y4m",
+         ".lrv", ".insv", ".mod", ".tod", ".y4m",
          ".apng", ".mjpeg", ".mjpg", ".nut", ".ivf") # endings of video files, in any case
 FILE = ("file", "file_name", "filename", "file_path", "filepath", "path", "video", "video_path",
         "video_file", "video_name", "video_file_name", "clip",
@@ -298,10 +298,6 @@ def _sorry(name):
     except (av.FFmpegError, OSError) as e: raise BadClip(
         f"{name} cannot be read as a video ({e.strerror}): replace it or take it out.") from e
 
-class _Nameless:
-    "An open file without its name, in which FFmpeg might see a protocol or a pattern"
-    def __init__(self, file): self.read, self.seek, self.tell = file.read, file.seek, file.tell
-
 def _av_options():
     "Arguments of `av.open`: before version 19 it stopped at metadata that is not UTF-8"
     old = int(av.__version__.split(".")[0]) < 19
@@ -315,7 +311,7 @@ def open_video(video, # path of a video, or an open file
     name = video if name is None else name
     is_file = hasattr(video, "read")
     with (_sorry(name), nullcontext(video) if is_file else open(video, "rb") as f,
-          av.open(_Nameless(f), **_av_options()) as box):
+          av.open(f, **_av_options()) as box):
         moving = [v for v in box.streams.video if not v.disposition & Disposition.attached_pic]
         if not moving: raise BadClip(f"{name} has no pictures in it: take it out.")
         v = next((v for v in moving if v.disposition & Disposition.default), moving[0])
@@ -364,7 +360,7 @@ _ALPHA = dict(vp8="libvpx", vp9="libvpx-vp9")  # decoders that know the transpar
 def _packets(box, v):
     "The packets of a stream; VP8 would decode a block of zeros, and repeat its last picture"
     for p in box.demux(v):
-        if v.codec.name == "vp8" and p.size >= 256 and not any(bytes(p)[-128:]):
+        if v.codec.name == "vp8" and bytes(256) in bytes(p):
             raise OSError(errno.EIO, "a block of zeros")
         yield p
 
@@ -693,10 +689,10 @@ class Recorded(Clips):
         record = [list(row) for row in record]
         if record == self.record(): return
         own = match_record(self.rows_now(), record)
-        self.gone = {i: f"{row[0]} is gone or broken since the run began."
-                     for i, (row, at) in enumerate(zip(record, own)) if at is None}
         self.deal(record, own)
         self._record = record
+        self.gone = {i: f"{row[0]} is gone or broken since the run began."
+                     for i, (row, at) in enumerate(zip(record, own)) if at is None}
         for i, why in self.gone.items(): self.skip(record[i][0], why)
 
 # %% ../nbs/06_data.ipynb #f703de60

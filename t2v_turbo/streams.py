@@ -359,7 +359,6 @@ def _join(self:Shards):
 def _open(self:Shards, s):
     "A shard, if it is still the one that the index is of"
     path = self.shards[s]
-    if self.gone and s in self.gone: raise BadClip(self.gone[s])
     fault = BadClip if self.missing == "skip" else UserError
     try: f = open(path, "rb")
     except OSError as e: raise fault(
@@ -379,6 +378,9 @@ def rows_now(self:Shards):
 @patch
 def deal(self:Shards, record, own):
     "Deal the shards of a record; a lost one has as many clips as it had, all without a place"
+    if None in own and self.missing == "error": raise UserError(
+        f"{record[own.index(None)][0]} is gone or broken since the run began: bring it back, or "
+        "give --missing skip to go on without it")
     whole = [i for i, ok in enumerate(self.whole) if ok]
     def lost(name, n, mark): return self.shards[0].parent/name, Contents(
         np.array([f"clip {i}" for i in range(n)], np.dtypes.StringDType()),
