@@ -295,7 +295,7 @@ def with_cover(path, pictures):
     with av.open(str(path), "w", format={".m4a": "mp4"}.get(path.suffix)) as box:
         a = box.add_stream("libmp3lame" if path.suffix == ".mp3" else "aac", rate=48000, layout="mono")
         cover = box.add_stream("mjpeg", rate=1); cover.width, cover.height, cover.pix_fmt = 96, 96, "yuvj420p"
-        cover.disposition = data.Disposition.attached_pic
+        cover.disposition = data.Disposition.attached_pic.value
         if pictures: s = box.add_stream("libx264", rate=12); s.width, s.height, s.pix_fmt = 64, 48, "yuv420p"
         for p in [*cover.encode(av.VideoFrame.from_ndarray(np.full((96, 96, 3), 200, np.uint8), format="rgb24")), *cover.encode()]: box.mux(p)
         for k in range(100):
