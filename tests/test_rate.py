@@ -46,6 +46,13 @@ def test_pairs(study):
     assert pairs[0].id.split(".")[0] == pairs[3].id.split(".")[0] != pairs[1].id.split(".")[0]
 
 
+def test_what_a_mac_leaves_is_no_video(tmp_path):
+    a, b = folders(tmp_path, ["a cat"])
+    for n in ("._0000.mp4", "._0000.txt", "__MACOSX/0000.mp4"):
+        (b / n).parent.mkdir(exist_ok=True); (b / n).write_bytes(b"\0\5\x16\7\xff")
+    assert [p.caption for p in find_pairs(a, b)] == ["a cat"]
+
+
 def test_captions_from_names_and_from_the_table_of_seeds(tmp_path):
     a, b = folders(tmp_path, ["", ""], "a cat-{}")
     assert [p.caption for p in find_pairs(a, b)] == ["a cat", "a cat"]

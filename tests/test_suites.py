@@ -60,6 +60,7 @@ def test_full_info(tmp_path):
 def test_folder_and_lines(tmp_path):
     (tmp_path / "color.txt").write_text("a cat\n\nstill\r\n")
     (tmp_path / "temporal_flickering.txt").write_text("still")
+    (tmp_path / "._color.txt").write_bytes(b"\0\5\x16\7\xff")                # as a Mac leaves them
     assert read_suite(tmp_path, "vbench") == [("a cat", 5), ("still", 25)]
     assert read_suite(tmp_path / "temporal_flickering.txt", "vbench") == [("still", 25)]
     assert read_suite(tmp_path / "color.txt", "vbench") == [("a cat", 5), ("still", 5)]

@@ -286,3 +286,11 @@ def test_table_and_plots(tmp_path):
 def test_no_vbench_and_nothing_heavy():
     code = "import sys, t2v_turbo.vbench; assert not {'vbench', 'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_mac_leaves_beside_results_is_passed_over(tmp_path):
+    for n in ("._r_eval_results.json", "__MACOSX/r_eval_results.json"):
+        (tmp_path / n).parent.mkdir(exist_ok=True); (tmp_path / n).write_bytes(b"\0\5\x16\7\xff")
+    with pytest.raises(UserError, match="holds no .*_eval_results.json"): read_results(tmp_path)
+    (tmp_path / "r_eval_results.json").write_text(json.dumps({d: [.5, []] for d in DIMENSIONS}))
+    assert read_results(tmp_path).scores == {d: .5 for d in DIMENSIONS}
