@@ -74,7 +74,7 @@ class Config:
     clip:float = 1.            # gradient norm is clipped to this; inf: not at all
     seed:int = 0               # of everything that is random
     save_every:int = 50        # steps between checkpoints
-    keep:int = 3               # how many of the last checkpoints stay
+    keep:int = 8               # how many of the last checkpoints stay; the best look's stays too
     keep_every:int = 0         # checkpoints at multiples of so many steps stay too; 0: none
     max_skipped:int = 5        # steps in a row without a finite loss that end the run
     track:str = "tensorboard"  # tensorboard, wandb or trackio; empty: only log.jsonl
@@ -209,6 +209,25 @@ def _check_processes(self:Trainer):
     if _asked_for("FSDP") and not acc.is_fsdp2 and acc.is_main_process:
         warnings.warn("FSDP needs several accelerators: nothing is cut up, every process holds "
                       "the whole student")
+
+# %% ../nbs/33_train.ipynb #2c3c1f8f
+@patch
+@contextmanager
+def together(self:Trainer):
+    "Within this context the death of another process ends this one with a sentence"
+    try: yield
+    except RuntimeError as e:
+        said = str(e).strip() or type(e).__name__
+        if self.accelerator.num_processes == 1 or not _GONE.search(said): raise
+        steps = self.store.steps()
+        on = f"goes on from step {steps[-1]}" if steps else "begins anew: nothing was saved yet"
+        raise Lost("another process of this run is gone: look at what it said, and run the same "
+                   f"command again, which {on}") from e
+
+_GONE = re.compile(r"gloo|nccl|closed by peer|connection (reset|closed|refused)|broken pipe", re.I)
+
+class Lost(UserError):
+    "Another process is gone, so nothing can be gathered any more"
 
 # %% ../nbs/33_train.ipynb #5f130509
 @patch(as_prop=True)
@@ -487,24 +506,6 @@ def _may_save(self:Trainer, e):
     "Whether a run that `e` ends can be saved: all processes are here, and between two steps"
     agreed = isinstance(e, (Stopped, Agreed, GeneratorExit))
     return not self.torn and (agreed or self.accelerator.num_processes == 1)
-
-@patch
-@contextmanager
-def together(self:Trainer):
-    "Within this context the death of another process ends this one with a sentence"
-    try: yield
-    except RuntimeError as e:
-        said = str(e).strip() or type(e).__name__
-        if self.accelerator.num_processes == 1 or not _GONE.search(said): raise
-        steps = self.store.steps()
-        on = f"goes on from step {steps[-1]}" if steps else "begins anew: nothing was saved yet"
-        raise Lost("another process of this run is gone: look at what it said, and run the same "
-                   f"command again, which {on}") from e
-
-_GONE = re.compile(r"gloo|nccl|closed by peer|connection (reset|closed|refused)|broken pipe", re.I)
-
-class Lost(UserError):
-    "Another process is gone, so nothing can be gathered any more"
 
 class Agreed(UserError):
     "All processes of a run say this, at the same step"
