@@ -40,7 +40,7 @@ from .precision import Precision, asked_precision
 from .rewards.names import options_of, parse_reward, rewards_from
 from .streams import Prefetch, open_source
 from .student import Student, whole
-from .teachers.base import same_teacher
+from .teachers.base import differing, same_teacher, weights_ids
 from .teachers.folders import load_teacher
 from .teachers.memory import (OPTIMIZERS, PARTS, compile_denoiser, make_optimizer,
                                        save_memory, savings_of)
@@ -119,8 +119,7 @@ class Trainer:
                  video_reward:nn.Module|None=None, # the tiny one by default
                 ):
         self.cfg, self.step, self.skipped, self.in_a_row, self.asked = cfg, 0, 0, 0, []
-        self.null = {}                   # length: the null prompt's context
-        self.before = []                 # clips that were left out before it was resumed
+        self.null, self.before = {}, []  # length: the null prompt's context; clips left out so far
         self.torn = False                # whether weights and step number do not belong together
         self.accelerator = _accelerator(cfg)
         self._check_processes()
@@ -128,11 +127,15 @@ class Trainer:
         teacher = self._teacher()
         with self.together(): self.source = self._source(teacher)
         self.texts = open_texts(cfg.texts, teacher) if cfg.texts else None
+        self.identity = dict(teacher=teacher.identity())
         if self.texts:                   # nobody asks the encoder any more
+            for n in ("text_encoder", "tokens"): del self.identity["teacher"][n]
             teacher.text_encoder = nn.Module()
             teacher.encode_text = lambda prompts: self.texts(prompts).to(teacher.device)
         self.student = Student(teacher, cfg.rank, cfg.seed)
         model = self._model(image_reward, video_reward)
+        self.identity |= {f"{n} reward": _identity_of(getattr(model, f"{n}_reward"))
+                          for n in ("image", "video")}
         if saved := savings_of(cfg.save_memory):
             save_memory(teacher, "denoiser" in saved, int("decode" in saved))
         if cfg.compile: compile_denoiser(teacher)
@@ -140,6 +143,13 @@ class Trainer:
         self.params = list(self.student.trainable().values())
         self.precision = Precision(model, self.params, asked_precision(), self.sharded)
         self.ema = EMAModel(self.params, decay=cfg.ema, min_decay=cfg.ema) if cfg.ema else None
+
+# %% ../nbs/33_train.ipynb #43e763c2
+def _identity_of(reward):
+    "What a checkpoint notes of a reward; a function has no weights to be known by"
+    if hasattr(reward, "identity"): return reward.identity()
+    held = isinstance(reward, nn.Module) and any(True for _ in reward.parameters())
+    return dict(weights=weights_ids(reward)) if held else {}
 
 # %% ../nbs/33_train.ipynb #58bffff5
 @patch
@@ -362,7 +372,7 @@ def state(self:Trainer)->dict:
                 config=asdict(self.cfg), data=self.source.fingerprint(),
                 texts=self.texts.fingerprint() if self.texts else "",
                 left_out=self.left_out(), fingerprints=self.student.fingerprints, ema=ema,
-                scale=self.precision.state(),
+                scale=self.precision.state(), identity=self.identity,
                 params={n: whole(p) for n, p in self.student.trainable().items()})
 
 # %% ../nbs/33_train.ipynb #31138907
@@ -393,6 +403,10 @@ def check(self:Trainer, state:dict):
     if not same_teacher(his_teacher, my_teacher):
         raise UserError(f"{path!r} was made with another teacher (fingerprints {his_teacher}, but "
                         f"this one has {my_teacher})")
+    for n, was in state.get("identity", {}).items():
+        if odd := differing(self.identity[n], was): raise UserError(
+            f"{path!r} was made with another {n} ({', '.join(odd)}): give the files that the run "
+            "began with, or choose another --out")
     for n, what, source in (("data", "data", self.source), ("texts", "text cache", self.texts)):
         was, now = state.get(n, ""), source.fingerprint() if source else ""
         if was != now: raise UserError(

@@ -242,3 +242,14 @@ def test_fsdp2_refuses_8bit_states(tmp_path):
     _, err = launch("fsdp2", "--out", tmp_path / "o", "--optimizer", "adamw8bit", *SMALL, code=2)
     assert {l.split("\n")[0] for l in said(err)} == {"t2v-turbo: adamw8bit cannot step what FSDP has sharded: give --optimizer adamw"}
     assert not (tmp_path / "o").exists()
+
+
+def test_float16_is_scaled_under_fsdp2_as_under_ddp(tmp_path):
+    "Hooks of sharded weights do not fire: their gradients are divided after the step, so norms and weights are those of DDP"
+    rows = []
+    for name in ("ddp", "fsdp2"):
+        launch(name, "--out", tmp_path / name, *SMALL, "--steps", "2", "--accumulate", "2", "--dtype", "float16", "--beta_vid", "0", precision="fp16")
+        rows.append([json.loads(l) for l in (tmp_path / name / "log.jsonl").read_text().splitlines()])
+    for a, b in zip(*rows):
+        assert a["scale"] == b["scale"] > 1 and a["skipped"] == b["skipped"] == 0
+        assert abs(a["grad_norm"] - b["grad_norm"]) < .02 * a["grad_norm"] and abs(a["loss"] - b["loss"]) < .01 * abs(a["loss"])

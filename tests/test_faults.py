@@ -494,3 +494,27 @@ def test_a_pinned_checkpoint_stays(tmp_path):
     (tmp_path / "checkpoints" / "pinned.json").write_text("{")
     store.save(9, {})
     assert store.steps() == [8, 9] and store.pinned is None
+
+
+TOGETHER = """
+import sys
+from accelerate import PartialState
+from t2v_turbo.checkpoints import claim_together
+from t2v_turbo.core import UserError
+state = PartialState(cpu=True)
+try:
+    with claim_together(sys.argv[1], state): print("mine")
+except UserError as e: print(state.process_index, e)
+"""
+
+
+def test_a_refusal_reaches_every_process(tmp_path):
+    "The main process claims for all; the others may not go on into a folder where a run lives"
+    (tmp_path / "s.py").write_text(TOGETHER)
+    go = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "s.py", tmp_path / "o"]
+    again = lambda: subprocess.run(go, env=ENV, capture_output=True, text=True, timeout=300).stdout.splitlines()
+    p = holder(tmp_path / "o")
+    told = sorted(again())
+    assert [l[0] for l in told] == ["0", "1"] and all(f"in use by another run (process {p.pid})" in l for l in told), told
+    p.kill(); p.wait()
+    assert again() == ["mine", "mine"]
