@@ -217,7 +217,7 @@ def _check_processes(self:Trainer):
     if acc.is_fsdp2 and cfg.optimizer == "adamw8bit":
         raise UserError("adamw8bit cannot step what FSDP has sharded: give --optimizer adamw")
     if _asked_for("FSDP") and not acc.is_fsdp2 and acc.is_main_process:
-        warnings.warn("FSDP needs several accelerators: nothing is cut up, every process holds "
+        warnings.warn("FSDP needs several accelerators: nothing is sharded, every process holds "
                       "the whole student")
 
 # %% ../nbs/33_train.ipynb #2c3c1f8f
@@ -263,7 +263,7 @@ def _prepare(self:Trainer, model):
                                                 or sorted(blocks))
     self.synced, self.opt = acc.prepare(net, opt)
     self.synced.set_reshard_after_forward(True)    # an EMA target changes parts between two calls
-    self.model = model.to(acc.device)              # and what was not cut up
+    self.model = model.to(acc.device)              # and what is not sharded
 
 # %% ../nbs/33_train.ipynb #964cfd98
 @patch
@@ -518,8 +518,8 @@ def one_step(self:Trainer,
 @patch
 def _may_save(self:Trainer, e):
     "Whether a run that `e` ends can be saved: all processes are here, and between two steps"
-    agreed = isinstance(e, (Stopped, Agreed, GeneratorExit))
-    return not self.torn and (agreed or self.accelerator.num_processes == 1)
+    alone = self.accelerator.num_processes == 1      # a loop is left by one process or by all
+    return not self.torn and (alone or isinstance(e, (Stopped, Agreed)))
 
 class Agreed(UserError):
     "All processes of a run say this, at the same step"

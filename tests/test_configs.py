@@ -48,7 +48,7 @@ def test_other_engines_are_named(tmp_path, monkeypatch, capsys):
         assert f"{engine} is not supported: give configs/ddp.yaml or configs/fsdp2.yaml" in capsys.readouterr().err
         monkeypatch.delenv(f"ACCELERATE_USE_{engine}")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.warns(UserWarning, match="nothing is cut up"):
+    with pytest.warns(UserWarning, match="nothing is sharded"):
         assert not Trainer(Config(out=str(tmp_path / "o"), rank=2, track="", objective=Objective(beta_img=0., beta_vid=0.))).sharded
 
 

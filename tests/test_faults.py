@@ -518,3 +518,28 @@ def test_a_refusal_reaches_every_process(tmp_path):
     assert [l[0] for l in told] == ["0", "1"] and all(f"in use by another run (process {p.pid})" in l for l in told), told
     p.kill(); p.wait()
     assert again() == ["mine", "mine"]
+
+
+LEFT_ALONE = """
+import sys, torch
+from t2v_turbo.checkpoints import claim_together
+from t2v_turbo.core import UserError
+from t2v_turbo.train import Config, Objective, Trainer
+t = Trainer(Config(out=sys.argv[1], steps=9, batch=2, rank=2, save_every=2, lr=2e-4, track="", objective=Objective(beta_img=0., beta_vid=0.)))
+try:
+    with claim_together(sys.argv[1], t.accelerator), t.together():
+        for row in t.fit():
+            if row["step"] != 3: continue
+            if t.accelerator.is_main_process: raise UserError("a fault of the main process alone")
+            t.accelerator.reduce(torch.ones(1))                 # the others wait for it, as for a look at the student
+except UserError as e: sys.exit(f"t2v-turbo: {e}")
+"""
+
+
+def test_a_loop_that_one_process_leaves(tmp_path):
+    "It does not wait for the others, who wait for it: both end, and the last regular checkpoint stands"
+    (tmp_path / "s.py").write_text(LEFT_ALONE)
+    go = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", tmp_path / "s.py", tmp_path / "o"]
+    run = subprocess.run(go, env=ENV, capture_output=True, text=True, timeout=100)
+    assert run.returncode != 0 and "t2v-turbo: a fault of the main process alone" in run.stderr, run.stderr[-2000:]
+    assert Checkpoints(tmp_path / "o").steps() == [2] and not (tmp_path / "o" / "run.lock").exists()
