@@ -118,12 +118,9 @@ def merged(self:Student)->nn.Module: # a copy of the denoiser; the student stays
     return net.requires_grad_(False).eval()
 
 # %% ../nbs/30_student.ipynb #bbb34d05
-def whole(p:Tensor, # any shape `(...)`, perhaps cut up by FSDP2 or ZeRO-3: then all have to ask
+def whole(p:Tensor, # any shape `(...)`, perhaps sharded by FSDP2: then call it on every process
          )->Tensor: # all of it, on the CPU
     "A tensor in one piece"
-    if hasattr(p, "ds_id"):                        # DeepSpeed has cut it up
-        import deepspeed
-        with deepspeed.zero.GatheredParameters([p]): return p.detach().cpu().clone()
     p = p.detach()
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu()
 

@@ -1,30 +1,37 @@
 "Training: the objective on one and on two processes, kills and resumes, through the real commands"
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import t2v_turbo.precision as precision
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from t2v_turbo.caches import TextCache, build_cache
 from t2v_turbo.checkpoints import CannotSave
 from t2v_turbo.core import UserError, make_gen
-from t2v_turbo.distill import Objective
+from t2v_turbo.distill import Objective, draw
 from t2v_turbo.streams import open_source
 from t2v_turbo.student import load_student
 from t2v_turbo.teachers.base import Teacher
-from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
 from t2v_turbo.teachers.tiny import WEIGHTS
+from t2v_turbo.teachers.wan import save_wan, tiny_wan
 from t2v_turbo.train import Config, Trainer
 
+ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 ONE_STEP = """
 import sys, torch
@@ -202,13 +209,186 @@ def test_the_student_is_not_called_with_the_targets_copies(tmp_path, monkeypatch
     assert abs(a - b) < .05 * a and torch.cosine_similarity(ga, gb, dim=0) > .95, (a, b)
 
 
-def test_fp16_steps_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    AcceleratorState._reset_state(True)
-    try:
-        with pytest.raises(UserError, match="give --mixed_precision bf16 or no"): Trainer(Config(out=str(tmp_path / "o"), track=""))
-    finally: monkeypatch.delenv("ACCELERATE_MIXED_PRECISION"); AcceleratorState._reset_state(True)
-    assert not (tmp_path / "o").exists()
+# ---- float16: the gradient is scaled, and the scale is part of a run
+
+SIZES = dict(modelscope=4*16*32*32, videocrafter2=4*16*40*64, wan=16*21*60*104)     # numbers of the latents of one clip
+
+
+def gradients(t, factor=1.):
+    "Of a loss that is multiplied by `factor`, and divided by it again: by anyone's own `backward`"
+    z = torch.randn(1, *t.student.teacher.video_shape, generator=make_gen(1)).sigmoid()
+    out = t.terms(z, ["a red circle moving left"], draw(t.cfg.objective, (1, *t.student.teacher.latent_shape), make_gen(0)))
+    got = {}
+    for name, n in dict(SIZES, own=math.prod(t.student.teacher.latent_shape)).items():
+        small = min(1., math.prod(t.student.teacher.latent_shape) / n)
+        for p in t.params: p.grad = None
+        (out.loss.mean() * small).backward(retain_graph=True)
+        got[name] = {k: p.grad / small for k, p in t.student.trainable().items()}
+    return got
+
+
+def stirred(t):
+    "As after some training: nothing is zero"
+    for n, p in t.student.trainable().items():
+        if not n.endswith("lora_A.default.weight"): p.data = .02 * torch.randn(p.shape, generator=make_gen(len(n)))
+    return t
+
+
+@pytest.mark.parametrize("layout", ["unet", "wan", "rewards"])
+def test_float16_gradients(tmp_path, layout):
+    "At the size of each published model: cosine with float32 above .99, and no tensor that gets none"
+    b = float(layout == "rewards")                             # the decoder and both rewards in float16, too
+    more = dict(rewards={}, wan=dict(teacher=str(save_wan(tiny_wan(), tmp_path / "wan"))),
+                unet=dict(teacher=str(tiny_modelscope(tmp_path / "ms")), frames=8, height=32, width=32))[layout]
+    make = lambda dtype: stirred(Trainer(Config(out=str(tmp_path / dtype), dtype=dtype, rank=4, batch=1, track="", **more,
+                                                objective=Objective(beta_img=b, beta_vid=b))))
+    want, half = gradients(make("float32"))["own"], make("float16")
+    assert half.precision.scaled and {p.dtype for p in half.params} == {torch.float32}
+    for name, got in gradients(half).items():
+        a, c = (torch.cat([v.flatten() for v in x.values()]) for x in (want, got))
+        assert torch.cosine_similarity(a, c, 0) > .99 and .98 < c.norm() / a.norm() < 1.02, name
+        assert not [n for n in want if want[n].any() and not got[n].any()], name
+
+
+def test_float16_gradients_need_their_scale(tmp_path):
+    "The test above would fail without it"
+    t = stirred(Trainer(Config(out=str(tmp_path / "o"), teacher=str(tiny_modelscope(tmp_path / "ms")), frames=8, height=32, width=32,
+                               dtype="float16", rank=4, batch=1, track="", objective=Objective(beta_img=0., beta_vid=0.))))
+    t.precision.scale = 1.
+    got = gradients(t)["wan"]
+    assert sum(not g.any() for g in got.values()) > 9
+
+
+def test_other_precisions_are_not_scaled(tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        t = Trainer(Config(out=str(tmp_path / dtype), dtype=dtype, rank=2, batch=1, track="", objective=Objective(beta_img=0., beta_vid=0.)))
+        assert not t.precision.scaled and not any(p._backward_hooks for p in t.params) and t.state()["scale"] is None
+
+
+def test_a_loss_beside_the_step_is_not_divided(tmp_path):
+    t = stirred(Trainer(Config(out=str(tmp_path), dtype="float16", rank=2, batch=1, track="", objective=Objective(beta_img=0., beta_vid=0.))))
+    t.backward()
+    for p in t.params: p.grad = None
+    sum(p.sum() for p in t.params).backward()
+    assert all((p.grad == 1).all() for p in t.params)
+
+
+def test_mixed_precision_fp16(tmp_path, monkeypatch):
+    "The launcher's fp16: float32 weights, float16 arithmetic, on a CPU too"
+    def step(precision):
+        AcceleratorState._reset_state(True)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        t = stirred(Trainer(Config(out=str(tmp_path / precision), batch=2, rank=2, track="")))
+        return t, t.backward()["loss"], torch.cat([p.grad.flatten() for p in t.params])
+    try: (_, a, ga), (t, b, gb) = step("no"), step("fp16")
+    finally: monkeypatch.undo(); AcceleratorState._reset_state(True)
+    assert t.precision.scaled and t.accelerator.scaler is None
+    assert 0 < abs(a - b) < .01 * abs(a) and torch.cosine_similarity(ga, gb, dim=0) > .99
+
+
+OVERFLOW = """
+import json, os, sys
+from t2v_turbo import precision
+from t2v_turbo.train import Config, Objective, Trainer
+out, stop = sys.argv[1], int(sys.argv[2])
+precision.START, precision.GROWTH = 2.**17, 3                  # too high for a reward in float16, which has no numbers above 65504
+t = Trainer(Config(out=out, steps=9, batch=4, rank=2, save_every=1, max_skipped=2, dtype="float16", track="", objective=Objective(beta_vid=0.)))
+t.resume()
+for row in t.fit():
+    if row["step"] == stop: os._exit(9)                        # as if killed
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_float16_with_overflows_goes_on_to_the_bit(tmp_path, processes):
+    "The scale comes down, which ends nothing, and goes up again; killed on the way down and after it, the run is the undisturbed one"
+    script = tmp_path / "overflow.py"; script.write_text(OVERFLOW)
+    assert launch(processes, script, tmp_path / "whole", 0).returncode == 0
+    for stop in (2, 6): assert launch(processes, script, tmp_path / "cut", stop).returncode != 0
+    last = launch(processes, script, tmp_path / "cut", 0)
+    assert last.returncode == 0, last.stderr[-2000:]
+    rows, cut = ([json.loads(l) for l in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("whole", "cut"))
+    keys = ("step", "loss", "grad_norm", "scale", "skipped")
+    assert [[r[k] for k in keys] for r in rows] == [[r[k] for k in keys] for r in cut]
+    down = rows[-1]["skipped"]
+    assert down > 2 and [r["grad_norm"] is None for r in rows[:down + 1]] == [True] * down + [False], rows
+    assert [r["scale"] for r in rows[:down + 1]] == [2.**(17 - i) for i in range(down + 1)]
+    assert rows[down + 3]["scale"] == 2 * rows[down + 2]["scale"]
+    states = [torch.load(tmp_path / d / "checkpoints" / "step-00000009.pt", weights_only=True) for d in ("whole", "cut")]
+    assert states[0]["scale"] == states[1]["scale"] and states[0]["skipped"] == down
+    for part in ("params", "optimizer"):
+        a, b = (tree_leaves(s[part]) for s in states)
+        assert len(a) == len(b) and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in zip(a, b))
+    a, b = (load_file(tmp_path / d / "student" / "adapter_model.safetensors") for d in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_gradient_that_is_too_large_at_any_scale_ends_the_run(tmp_path, monkeypatch):
+    "With the scale at 1 an infinite gradient is the run's own"
+    monkeypatch.setattr(precision, "START", 4.)
+    huge = lambda frames, prompts: frames.sum((1, 2, 3, 4)) * 1e30
+    t = Trainer(Config(out=str(tmp_path), steps=9, batch=2, rank=2, max_skipped=2, dtype="float16", track="",
+                       objective=Objective(beta_img=0., shape="raw")), video_reward=huge)
+    with pytest.raises(UserError, match="no finite loss in 2 steps in a row, now step 4"): list(t.fit())
+    assert t.skipped == 4 and t.precision.scale == 1
+
+
+# ---- to the very end, with the options that one gets without asking
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LAUNCHED = dict(accelerate="accelerate.commands.accelerate_cli launch --config_file configs/ddp.yaml --num_processes 2 --mixed_precision no "
+                           "--main_process_port 0",
+                alone="accelerate.commands.accelerate_cli launch --num_processes 1",
+                torchrun="torch.distributed.run --standalone --nproc_per_node 2")
+
+
+@pytest.mark.parametrize("how", LAUNCHED)
+def test_launched_with_default_options_to_the_report(tmp_path, how):
+    "Nothing is gathered after the end: the tracker is closed, the processes leave in any order, exit 0 and a report"
+    assert re.search(r"accelerate launch\s+--num_processes \d+ -m t2v_turbo.cli distill", README)     # what is started here, for 2 CPUs
+    out = tmp_path / "o"
+    run = subprocess.run([sys.executable, "-m", *LAUNCHED[how].split(), "-m", "t2v_turbo.cli", "distill", "--steps", "2", "--repeats", "1",
+                          "--out", str(out)], env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "Traceback" not in run.stderr and f"{1 if how == 'alone' else 2} process(es)" in run.stdout, run.stderr[-3000:]
+    assert "<video" in (out / "report.html").read_text() and json.loads((out / "results.json").read_text())
+    assert [*(out / "tracking").rglob("events.out.tfevents*")] and not (out / "run.lock").exists()
+
+
+def test_a_trainer_can_be_asked_after_its_end(tmp_path):
+    "What is gathered may be asked for after `fit`, and the run can be resumed and ended again"
+    t = Trainer(Config(out=str(tmp_path), steps=1, batch=2, rank=2, objective=Objective(beta_img=0., beta_vid=0.)))
+    for _ in t.fit(): pass
+    assert t.left_out() == [] and t.accelerator.trackers == [] and t.state()["step"] == 1
+    assert t.resume() and list(t.fit()) == []
+
+
+# ---- a checkpoint knows what it depends on by content
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "image reward", "video reward"])
+def test_a_swapped_network_under_the_same_name_is_refused(tmp_path, monkeypatch, part):
+    small = dict(steps=1, batch=2, rank=2, track="")
+    for _ in Trainer(Config(out=str(tmp_path), **small)).fit(): pass
+    assert Trainer(Config(out=str(tmp_path), **small)).resume()
+    def spoil(net):
+        p = max(net.parameters(), key=torch.Tensor.numel)          # one number of many
+        with torch.no_grad(): p.view(-1)[7] += .5
+    teacher, model = Trainer._teacher, Trainer._model
+    def other_teacher(self):
+        t = teacher(self)
+        if part in ("vae", "text_encoder"): spoil(getattr(t, part))
+        return t
+    def other_rewards(self, *given):
+        m = model(self, *given)
+        if part.endswith("reward"): spoil(getattr(m, part.replace(" ", "_")))
+        return m
+    monkeypatch.setattr(Trainer, "_teacher", other_teacher); monkeypatch.setattr(Trainer, "_model", other_rewards)
+    t = Trainer(Config(out=str(tmp_path), **small))
+    with pytest.raises(UserError, match=f"was made with another {'teacher .' + part if ' ' not in part else part}.*give the files that"): t.resume()
+    store = t.store
+    for step in store.steps():                                     # an older checkpoint, which does not know
+        state = store.load(step); del state["identity"], state["scale"]; store.save(step, state)
+    assert t.resume()
 
 
 def test_a_student_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):

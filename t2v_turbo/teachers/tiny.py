@@ -74,7 +74,7 @@ class TinyVideoDenoiser(WanTransformer3DModel):
 # %% ../../nbs/11_tiny_teacher.ipynb #964cfd98
 @patch
 def _add_places(self:TinyVideoDenoiser, module, inputs, y):
-    f, r, c = (m(torch.arange(n, device=y.device)).T      # called: ZeRO-3 has cut the weights up
+    f, r, c = (m(torch.arange(n, device=y.device)).T
                for m, n in zip((self.frame, self.row, self.column), y.shape[2:]))
     return y + f[None, :, :, None, None] + r[None, :, None, :, None] + c[None, :, None, None, :]
 
