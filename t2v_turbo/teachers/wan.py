@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['Flow', 'with_places', 'GuidedWan', 'guided_wan', 'FlowTeacher', 'flow_scheduler', 'check_clip', 'WanTeacher',
-           'tiny_tokenizer', 'tiny_wan', 'save_wan', 'load_wan', 'wan_lora', 'save_wan_lora', 'stock_scheduler']
+           'as_history', 'tiny_tokenizer', 'tiny_wan', 'save_wan', 'load_wan', 'wan_lora', 'save_wan_lora',
+           'stock_scheduler']
 
 # %% ../../nbs/14_wan.ipynb #99e9cfe1
 import html
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -190,6 +192,8 @@ def check_clip(frames:int,  # frames of a clip
 # %% ../../nbs/14_wan.ipynb #2a4da18a
 class WanTeacher(FlowTeacher):
     "Wan 2.1: 4k+1 frames, a VAE that is causal in time, UMT5"
+    window = 21    # frames that the rewards of one step lie within: 6 latents with gradient
+    warm_up = None # latents of history before them, 1 or more; `None`: all, which is exact
     def __init__(self,
                  name:str,             # how logs and saved students call it
                  denoiser:GuidedWan,   # see `guided_wan`
@@ -239,14 +243,34 @@ def encode(self:WanTeacher,
         z = post.mode() if gen is None else post.sample(gen)
         return (z - self.latent_mean) / self.latent_std
 
+@contextmanager
+def as_history(decoder, # Wan's, called latent by latent
+               n:int,   # latents
+              ):
+    "Within this context the first `n` latents of a clip pass without gradient and give no frames"
+    at, forward = [0], decoder.forward
+    def run(x, *args, first_chunk=False, **kwargs):
+        at[0] = 0 if first_chunk else at[0] + 1
+        if at[0] >= n: return forward(x, *args, first_chunk=first_chunk, **kwargs)
+        with torch.no_grad():
+            return forward(x, *args, first_chunk=first_chunk, **kwargs)[:, :, :0]
+    decoder.forward = run
+    try: yield
+    finally: del decoder.forward
+
 @patch
 def decode(self:WanTeacher,
            z:Tensor,            # latents `(b c k+1 h w)`
            frames:Tensor|None=None,  # indices of the frames to return, 0..4k; all by default
           )->Tensor:            # clips `(b 3 t' 8h 8w)` in [0,1], differentiable in `z`
-    "Latents to clips; the shortest prefix that holds the frames is decoded"
-    if frames is not None: z = z[:, :, :-(-int(frames.max()) // self.every) + 1]
-    x = self.vae.decode((z * self.latent_std + self.latent_mean).to(self.vae.dtype)).sample
+    "Latents to clips; with `frames`, latents before the first one's are history, see `as_history`"
+    start = first = 0
+    if frames is not None:
+        start, end = (-(-int(f) // self.every) for f in (frames.min(), frames.max()))
+        first = 0 if self.warm_up is None else max(0, start - self.warm_up)
+        z, frames = z[:, :, first:end + 1], frames - max(0, self.every*(start - 1) + 1)
+    with as_history(self.vae.decoder, start - first):
+        x = self.vae.decode((z * self.latent_std + self.latent_mean).to(self.vae.dtype)).sample
     x = x if frames is None else x[:, :, frames]
     return (x.float() / 2 + .5).clamp(0, 1)
 
