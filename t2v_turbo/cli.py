@@ -89,7 +89,7 @@ def distill(cfg=None,     # a `train.Config`
         resumed = trainer.resume()
         if main:
             if resumed: print(f"resumed at step {trainer.step} of {cfg.steps}")
-            print(weights_in_words(cfg.objective))
+            print(weights_in_words(trainer.accelerator.unwrap_model(trainer.model).cfg))
             over = ", the denoiser cut up over them" if trainer.sharded else ""
             print(f"{trainer.accelerator.num_processes} process(es){over}, {cfg.batch} clips a "
                   f"step in all, {sum(p.numel() for p in trainer.params) / 1e6:.2f} M parameters "

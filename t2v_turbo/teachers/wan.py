@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Flow', 'with_places', 'GuidedWan', 'guided_wan', 'FlowTeacher', 'flow_scheduler', 'check_clip', 'WanTeacher',
-           'as_history', 'tiny_tokenizer', 'tiny_wan', 'save_wan', 'load_wan', 'wan_lora', 'save_wan_lora',
+           'as_history', 'tiny_tokenizer', 'tiny_wan', 'reach_of', 'save_wan', 'load_wan', 'wan_lora', 'save_wan_lora',
            'stock_scheduler']
 
 # %% ../../nbs/14_wan.ipynb #99e9cfe1
@@ -302,6 +302,17 @@ def tiny_wan(seed:int=0,        # of the random weights
                                            num_heads=4))
     return WanTeacher("tiny-wan", guided_wan(net), vae, text, tiny_tokenizer(), flow_scheduler(),
                       frames, 16, size, tokens)
+
+# %% ../../nbs/14_wan.ipynb #71a823ec
+def reach_of(vae:AutoencoderKLWan, # any size; no weights are read
+            )->float:              # latents
+    "Return how many latents before its own a frame can depend on"
+    rate, back = 1, 0.
+    for name, m in vae.decoder.named_modules():
+        if not isinstance(m, nn.Conv3d): continue
+        back += (m.kernel_size[0] - 1)/rate
+        if name.endswith("time_conv"): rate *= 2           # from here on twice the frames
+    return back
 
 # %% ../../nbs/14_wan.ipynb #a115854b
 _KINDS = dict(AutoencoderKLWan=(AutoencoderKLWan, UMT5EncoderModel),
