@@ -114,10 +114,12 @@ def resolve(self:Draw,
     if self.window is None: return self
     size = size or t
     first = window_start(t, size, self.window)
-    image = first + random_frames(size, cfg.image_frames, self.image_frames) if cfg.beta_img else []
-    video = first + strided_frames(size, cfg.video_frames, self.video_frames) if cfg.beta_vid else []
-    image, video = (torch.as_tensor(v, dtype=torch.long) for v in (image, video))
-    return replace(self, image_frames=image, video_frames=video, window=None)
+    def pick(f, name, beta):
+        if not beta: return torch.arange(0)
+        return first + f(size, getattr(cfg, name), getattr(self, name))
+    return replace(self, window=None,
+                   image_frames=pick(random_frames, "image_frames", cfg.beta_img),
+                   video_frames=pick(strided_frames, "video_frames", cfg.beta_vid))
 
 # %% ../nbs/31_distill.ipynb #f8a7f33b
 @dataclass(frozen=True)
@@ -148,8 +150,7 @@ class Distillation(nn.Module):
         for n, rm in (("beta_img", image_reward), ("beta_vid", video_reward)):
             if getattr(cfg, n) and rm is None:
                 raise UserError(f"{n} is {getattr(cfg, n)} but there is no such reward: give one")
-        self.cfg = replace(cfg, video_frames=video_frames_of(cfg, video_reward if cfg.beta_vid
-                                                             else None))
+        self.cfg = replace(cfg, video_frames=video_frames_of(cfg, cfg.beta_vid and video_reward))
         self.window = window_of(self.cfg, student.teacher)
         self.student, self.image_reward, self.video_reward = student, image_reward, video_reward
         self.ddim = DDIM(student.teacher.schedule, 1000 // cfg.k)

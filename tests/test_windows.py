@@ -204,6 +204,8 @@ def test_a_short_history_starts_in_the_middle(clip, start, monkeypatch):
     assert seen[0] <= 8
     error = (got - clip.whole[:, :, frames]).abs().max()
     assert error < 1e-6 if first == 0 else 1e-4 < error
+    monkeypatch.setattr(teacher, "warm_up", 0)
+    with pytest.raises(UserError, match="warm_up is 0: give 1 or more"): teacher.decode(clip.z, frames)
 
 
 def test_a_longer_history_is_better(clip, monkeypatch):

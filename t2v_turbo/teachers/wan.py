@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import (AutoTokenizer, CLIPTextModel, T5Tokenizer, UMT5Config,
                           UMT5EncoderModel)
 
+from ..base import at_least
 from ..consistency import few_step_grid, w_embedding
 from ..core import UserError, atomic, expand_to, write_json
 from ..schedule import Schedule
@@ -243,6 +244,13 @@ def encode(self:WanTeacher,
         z = post.mode() if gen is None else post.sample(gen)
         return (z - self.latent_mean) / self.latent_std
 
+@patch
+def lora_targets(self:WanTeacher)->list:
+    "Names of all linear layers but the w-projection"
+    return [n for n, m in self.denoiser.named_modules()
+            if isinstance(m, nn.Linear) and not n.endswith("cond_proj")]
+
+# %% ../../nbs/14_wan.ipynb #d1f0a7c3
 @contextmanager
 def as_history(decoder, # Wan's, called latent by latent
                n:int,   # latents
@@ -265,6 +273,7 @@ def decode(self:WanTeacher,
           )->Tensor:            # clips `(b 3 t' 8h 8w)` in [0,1], differentiable in `z`
     "Latents to clips; with `frames`, latents before the first one's are history, see `as_history`"
     start = first = 0
+    if self.warm_up is not None: at_least(dict(warm_up=self.warm_up), warm_up=1)
     if frames is not None:
         start, end = (-(-int(f) // self.every) for f in (frames.min(), frames.max()))
         first = 0 if self.warm_up is None else max(0, start - self.warm_up)
@@ -273,12 +282,6 @@ def decode(self:WanTeacher,
         x = self.vae.decode((z * self.latent_std + self.latent_mean).to(self.vae.dtype)).sample
     x = x if frames is None else x[:, :, frames]
     return (x.float() / 2 + .5).clamp(0, 1)
-
-@patch
-def lora_targets(self:WanTeacher)->list:
-    "Names of all linear layers but the w-projection"
-    return [n for n, m in self.denoiser.named_modules()
-            if isinstance(m, nn.Linear) and not n.endswith("cond_proj")]
 
 # %% ../../nbs/14_wan.ipynb #5739c628
 def tiny_tokenizer()->T5Tokenizer:
