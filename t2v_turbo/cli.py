@@ -65,8 +65,9 @@ def weights_in_words(o, # an `Objective`
                     )->str:
     "The effective objective in one line; it is the same for any number of processes"
     J = "log sigmoid(R)" if o.shape == "log_sigmoid" else "R"
+    seen = o.video_frames or "the video reward's own number of"
     return (f"L = 1 * L_CD - {o.beta_img:g} * J_img - {o.beta_vid:g} * J_vid,  J = mean {J},  "
-            f"{o.image_frames} image frames, {o.video_frames} video frames, "
+            f"{o.image_frames} image frames, {seen} video frames, "
             f"k = {o.k}, w in [{o.w_min:g}, {o.w_max:g}]")
 
 # %% ../nbs/50_cli.ipynb #d334b80a
