@@ -193,8 +193,8 @@ def check_clip(frames:int,  # frames of a clip
 # %% ../../nbs/14_wan.ipynb #2a4da18a
 class WanTeacher(FlowTeacher):
     "Wan 2.1: 4k+1 frames, a VAE that is causal in time, UMT5"
-    window = 21    # frames that the rewards of one step lie within: 6 latents with gradient
-    warm_up = None # latents of history before them, 1 or more; `None`: all, which is exact
+    window:int = 21         # frames that the rewards of one step lie within: 6 latents with gradient
+    warm_up:int|None = None # latents of history before them, 1 or more; `None`: all, which is exact
     def __init__(self,
                  name:str,             # how logs and saved students call it
                  denoiser:GuidedWan,   # see `guided_wan`
