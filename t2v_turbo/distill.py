@@ -84,6 +84,8 @@ class Draw:
     image_frames:Tensor  # key `(1,)`; without a window the frames that the image reward sees `(M,)`
     video_frames:Tensor  # key `(1,)`; without a window the frames that the video reward sees `(m,)`
     window:Tensor|None = None # key `(1,)` of the middle of the frames; `None`: there are no keys
+    if TYPE_CHECKING: # written below
+        def resolve(self, t:int, cfg:Objective, size:int=0)->"Draw": ...
 
     def rows(self, s:slice)->"Draw":
         "The part of a batch that one process works on"
