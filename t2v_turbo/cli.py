@@ -65,8 +65,9 @@ def weights_in_words(o, # an `Objective`
                     )->str:
     "The effective objective in one line; it is the same for any number of processes"
     J = "log sigmoid(R)" if o.shape == "log_sigmoid" else "R"
+    seen = o.video_frames or "the video reward's own number of"
     return (f"L = 1 * L_CD - {o.beta_img:g} * J_img - {o.beta_vid:g} * J_vid,  J = mean {J},  "
-            f"{o.image_frames} image frames, {o.video_frames} video frames, "
+            f"{o.image_frames} image frames, {seen} video frames, "
             f"k = {o.k}, w in [{o.w_min:g}, {o.w_max:g}]")
 
 # %% ../nbs/50_cli.ipynb #d334b80a
@@ -89,7 +90,7 @@ def distill(cfg=None,     # a `train.Config`
         resumed = trainer.resume()
         if main:
             if resumed: print(f"resumed at step {trainer.step} of {cfg.steps}")
-            print(weights_in_words(cfg.objective))
+            print(weights_in_words(trainer.accelerator.unwrap_model(trainer.model).cfg))
             over = ", the denoiser cut up over them" if trainer.sharded else ""
             print(f"{trainer.accelerator.num_processes} process(es){over}, {cfg.batch} clips a "
                   f"step in all, {sum(p.numel() for p in trainer.params) / 1e6:.2f} M parameters "
