@@ -550,7 +550,7 @@ class PlanOptions:
 
     def run(self):
         from tqdm.auto import tqdm
-        from t2v_turbo.plan import SWITCHES, plan_rows, plan_table
+        from t2v_turbo.plan import (SWITCHES, first_fit, plan_rows, plan_table, precision_text)
         size = (self.height, self.width) if self.height or self.width else None
         rewards = None if self.rewards is None else tuple(
             r for r in self.rewards.split(",") if r)
@@ -558,6 +558,7 @@ class PlanOptions:
                          batch=self.batch, rank=self.rank, image_frames=self.image_frames)
         rows = list(tqdm(rows, desc="plan", total=len(SWITCHES), leave=False))
         print(plan_table(rows, self.gpu, self.tflops))
+        print(precision_text(*first_fit(rows, self.gpu)))
 
 # %% ../nbs/50_cli.ipynb #cd8ebc5f
 @dataclass(frozen=True)
