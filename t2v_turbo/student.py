@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .consistency import consistency_fn, w_embedding
 from .core import UserError, atomic, write_json
-from .teachers.base import Teacher, same_teacher
+from .teachers.base import Teacher, check_peft, same_teacher
 from .teachers.folders import load_teacher
 
 # %% ../nbs/30_student.ipynb #f80030cc
@@ -52,6 +52,7 @@ class Student(nn.Module):
                  config:PeftConfig|None=None, # default: all of `lora_targets`, at `rank`
                 ):
         super().__init__()
+        check_peft()
         if rank < 1: raise UserError(f"LoRA rank {rank} is not positive: give 1 or more")
         if getattr(teacher.denoiser, "peft_config", None):
             raise UserError(f"teacher {teacher.name!r} already carries a student: load it anew")
@@ -117,12 +118,9 @@ def merged(self:Student)->nn.Module: # a copy of the denoiser; the student stays
     return net.requires_grad_(False).eval()
 
 # %% ../nbs/30_student.ipynb #bbb34d05
-def whole(p:Tensor, # any shape `(...)`, perhaps cut up by FSDP2 or ZeRO-3: then all have to ask
+def whole(p:Tensor, # any shape `(...)`, perhaps sharded by FSDP2: then call it on every process
          )->Tensor: # all of it, on the CPU
     "A tensor in one piece"
-    if hasattr(p, "ds_id"):                        # DeepSpeed has cut it up
-        import deepspeed
-        with deepspeed.zero.GatheredParameters([p]): return p.detach().cpu().clone()
     p = p.detach()
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu()
 
@@ -181,6 +179,7 @@ def load_student(folder:str|Path,      # written by `Student.save`
         raise UserError(f"the student in {str(folder)!r} is damaged ({e}): take another copy, or "
                         "save it again by going on with its run") from None
     state = read_tensors(folder / "adapter_model.safetensors")
+    check_peft()
     teacher = teacher or load_teacher(meta["teacher"], **meta.get("options", {}))
     his, mine = fingerprints_of(meta), teacher.fingerprints()
     if (same := same_teacher(his, mine)) is None:

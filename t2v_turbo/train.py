@@ -14,6 +14,7 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, ContextManager, Iterator
@@ -35,6 +36,7 @@ from .caches import open_cache, open_texts
 from .checkpoints import CannotSave, Checkpoints, Stopped, stop_signals
 from .core import UserError, atomic, make_gen, pick_device, write_json
 from .distill import Distillation, Objective, StepOut, draw
+from .precision import Precision, asked_precision
 from .rewards.names import options_of, parse_reward, rewards_from
 from .streams import Prefetch, open_source
 from .student import Student, whole
@@ -42,7 +44,6 @@ from .teachers.base import same_teacher
 from .teachers.folders import load_teacher
 from .teachers.memory import (OPTIMIZERS, PARTS, compile_denoiser, make_optimizer,
                                        save_memory, savings_of)
-from .zero import Zero, check_zero, load_whole
 
 # %% ../nbs/33_train.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Config:
     clip:float = 1.            # gradient norm is clipped to this; inf: not at all
     seed:int = 0               # of everything that is random
     save_every:int = 50        # steps between checkpoints
-    keep:int = 3               # how many of the last checkpoints stay
+    keep:int = 8               # how many of the last checkpoints stay; the best look's stays too
     keep_every:int = 0         # checkpoints at multiples of so many steps stay too; 0: none
     max_skipped:int = 5        # steps in a row without a finite loss that end the run
     track:str = "tensorboard"  # tensorboard, wandb or trackio; empty: only log.jsonl
@@ -153,12 +154,11 @@ class Trainer:
         self.null = {}                   # length: the null prompt's context
         self.before = []                 # clips that were left out before it was resumed
         self.torn = False                # whether weights and step number do not belong together
-        self.zero = None                 # DeepSpeed, if it was asked for
         self.accelerator = _accelerator(cfg)
         self._check_processes()
         self.store = Checkpoints(cfg.out, cfg.keep, cfg.keep_every)
         teacher = self._teacher()
-        self.source = self._source(teacher)
+        with self.together(): self.source = self._source(teacher)
         self.texts = open_texts(cfg.texts, teacher) if cfg.texts else None
         if self.texts:                   # nobody asks the encoder any more
             teacher.text_encoder = nn.Module()
@@ -170,6 +170,7 @@ class Trainer:
         if cfg.compile: compile_denoiser(teacher)
         self._prepare(model)
         self.params = list(self.student.trainable().values())
+        self.precision = Precision(model, self.params, asked_precision(), self.sharded)
         self.ema = EMAModel(self.params, decay=cfg.ema, min_decay=cfg.ema) if cfg.ema else None
 
 # %% ../nbs/33_train.ipynb #58bffff5
@@ -260,16 +261,13 @@ def _asked_for(engine): return os.environ.get(f"ACCELERATE_USE_{engine}", "").lo
 
 def _accelerator(cfg):
     "Accelerate's view of all processes; on a CPU they talk through gloo"
-    zero, cpu = _asked_for("DEEPSPEED"), pick_device().type == "cpu"
-    if zero: check_zero(int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)),
-                        os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
-                        cfg.optimizer, cfg.ema, bool(cfg.compile))
+    for engine in filter(_asked_for, ("DEEPSPEED", "MEGATRON_LM")):
+        raise UserError(f"{engine} is not supported: give configs/ddp.yaml or configs/fsdp2.yaml")
     where = ProjectConfiguration(cfg.out, logging_dir=str(Path(cfg.out) / "tracking"))
-    gloo = [InitProcessGroupKwargs(backend="gloo")] if cpu and zero else []
-    acc = Accelerator(cpu=cpu and not zero, kwargs_handlers=gloo,  # else it overlooks torchrun
-                      log_with=cfg.track or None, project_config=where)
-    if zero: load_whole(acc)
-    return acc
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))   # one process looks, others wait
+    return Accelerator(cpu=pick_device().type == "cpu",            # else it overlooks torchrun
+                       mixed_precision="no" if asked_precision() == "fp16" else None,
+                       kwargs_handlers=[patient], log_with=cfg.track or None, project_config=where)
 
 @patch
 def _check_processes(self:Trainer):
@@ -278,35 +276,46 @@ def _check_processes(self:Trainer):
     if cfg.batch % (acc.num_processes * cfg.accumulate): raise UserError(
         f"batch {cfg.batch} cannot be shared by {acc.num_processes} processes"
         + (f" in {cfg.accumulate} pieces" if cfg.accumulate > 1 else "") + ": give a multiple")
-    if acc.mixed_precision == "fp16": raise UserError(
-        "fp16 needs a scaled loss, which checkpoints do not hold: give --mixed_precision bf16 or "
-        "no; --dtype float16, for the frozen networks, is another thing and may stay")
     if acc.distributed_type == DistributedType.FSDP and not acc.is_fsdp2:
         raise UserError("FSDP of version 1 is not supported: give fsdp_version 2, as in "
                         "configs/fsdp2.yaml")
     if acc.is_fsdp2 and cfg.optimizer == "adamw8bit":
-        raise UserError("adamw8bit cannot step what FSDP has cut up: give --optimizer adamw")
+        raise UserError("adamw8bit cannot step what FSDP has sharded: give --optimizer adamw")
     if _asked_for("FSDP") and not acc.is_fsdp2 and acc.is_main_process:
         warnings.warn("FSDP needs several accelerators: nothing is cut up, every process holds "
                       "the whole student")
 
+# %% ../nbs/33_train.ipynb #2c3c1f8f
+@patch
+@contextmanager
+def together(self:Trainer):
+    "Within this context the death of another process ends this one with a sentence"
+    try: yield
+    except RuntimeError as e:
+        said = str(e).strip() or type(e).__name__
+        if self.accelerator.num_processes == 1 or not _GONE.search(said): raise
+        steps = self.store.steps()
+        on = f"goes on from step {steps[-1]}" if steps else "begins anew: nothing was saved yet"
+        raise Lost("another process of this run is gone: look at what it said, and run the same "
+                   f"command again, which {on}") from e
+
+_GONE = re.compile(r"gloo|nccl|closed by peer|connection (reset|closed|refused)|broken pipe", re.I)
+
+class Lost(UserError):
+    "Another process is gone, so nothing can be gathered any more"
+
 # %% ../nbs/33_train.ipynb #5f130509
 @patch(as_prop=True)
 def sharded(self:Trainer)->bool:
-    "Whether FSDP2 or ZeRO-3 cuts the denoiser up: then every process has to call it, or none"
-    return self.accelerator.is_fsdp2 or bool(self.zero and self.zero.stage == 3)
+    "Whether FSDP2 shards the denoiser: call it on every process then, or on none"
+    return self.accelerator.is_fsdp2
 
 @patch
 def _prepare(self:Trainer, model):
-    "Model and optimiser on their device; who cuts the denoiser up gets it block by block"
+    "Model and optimiser on their device; FSDP2 gets the denoiser block by block"
     acc, cfg, net = self.accelerator, self.cfg, self.student.teacher.denoiser
     if not acc.is_fsdp2: model.to(acc.device)
     opt = make_optimizer(cfg.optimizer, self.student.trainable().values(), cfg.lr)
-    if acc.distributed_type == DistributedType.DEEPSPEED:
-        micro = cfg.batch // (acc.num_processes * cfg.accumulate)
-        self.zero = Zero(acc, model, net, opt, micro, cfg.clip)
-        self.model, self.opt = model, self.zero.opt
-        return
     if not acc.is_fsdp2:
         self.model, self.opt = acc.prepare(model, opt)
         self.synced = self.model                   # what `no_sync` is asked of
@@ -352,10 +361,11 @@ def terms(self:Trainer,
         if (b := len(prompts)) not in self.null: self.null[b] = teacher.encode_text([""] * b)
         null = self.null[b]
         z0 = teacher.encode(x) if kind == "clips" else x
-    step = self.zero.engine if self.zero else self.model
-    with (self.zero or self.accelerator).autocast():
-        return step(z0, ctx, null, prompts, d.to(device), self.target_weights,
-                    x if kind == "pairs" else None)
+    with self.precision.autocast(self.accelerator):
+        out = self.model(z0, ctx, null, prompts, d.to(device), self.target_weights,
+                         x if kind == "pairs" else None)
+    self.precision.root(out.loss)
+    return out
 
 # %% ../nbs/33_train.ipynb #ebdb94bf
 TERMS = ("loss", "cd", "j_img", "j_vid", "r_img", "r_vid")
@@ -372,15 +382,14 @@ def backward(self:Trainer,
     d, n, got = d.rows(mine), len(prompts) // cfg.accumulate, []
     for i in range(0, len(prompts), n):
         piece, last = slice(i, i + n), i + n >= len(prompts)
-        with nullcontext() if last or self.zero else acc.no_sync(self.synced):
+        with nullcontext() if last else acc.no_sync(self.synced):
             out = self.terms(x[piece], prompts[piece], d.rows(piece))
             loss, good = out.loss.mean() / cfg.accumulate, bool(out.loss.isfinite().all())
-            if self.zero: self.zero.backward(loss if good else loss * math.nan, last)
-            else:
-                if not good and not self.sharded: loss = sum(0. * p.sum() for p in self.params)
-                acc.backward(loss)
+            if not good and not self.sharded: loss = sum(0. * p.sum() for p in self.params)
+            acc.backward(loss)
         means = torch.stack([getattr(out, k).detach().mean() for k in TERMS])
         got.append(torch.cat([means, means.new_tensor([not good, bool(self.asked)])]))
+    self.precision.unscale(self.params)
     row = acc.reduce(torch.stack(got).mean(0), "mean").tolist()
     return dict(zip((*TERMS, "bad", "asked"), row))
 
@@ -391,16 +400,15 @@ def update(self:Trainer,
           )->float:         # gradient norm before clipping
     "One optimiser step on the gradient that `backward` left"
     for g in self.opt.param_groups: g["lr"] = lr_at(self.cfg, self.step)
-    if self.zero: self.torn = True; norm, moved = self.zero.step()
-    else:
-        norm = self.accelerator.clip_grad_norm_(self.params, self.cfg.clip)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        self.torn = True
-        if moved := not skip and math.isfinite(norm): self.opt.step()
-        self.opt.zero_grad()
-    skip = not moved
+    norm = self.accelerator.clip_grad_norm_(self.params, self.cfg.clip)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    self.torn = True
+    if moved := not skip and math.isfinite(norm): self.opt.step()
+    self.opt.zero_grad()
+    overflow = self.precision.note(norm, skip)   # the scale comes down: no reason to end the run
     if moved and self.ema is not None: self.ema.step(self.params)
-    self.skipped, self.in_a_row = self.skipped + skip, (self.in_a_row + 1) * skip
+    self.skipped += not moved
+    self.in_a_row = 0 if moved else self.in_a_row + (not overflow)
     self.step += 1
     self.torn = False
     return norm
@@ -413,32 +421,30 @@ FREE = ("steps", "save_every", "out", "keep", "keep_every", "max_skipped", "trac
 
 @patch
 def left_out(self:Trainer)->list: # pairs (name, why), sorted
-    "Clips that no process of this run could read; every process has to ask"
+    "Clips that no process of this run could read; a collective: call it on every process"
     own = [(str(name), why) for name, why in getattr(self.source, "skipped", ())]
     return sorted({*self.before, *gather_object(own)})
 
-def _trained(model): return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
 @patch
 def state(self:Trainer)->dict:
-    "All that a run depends on, for `torch.save`; every process has to ask"
+    "All that a run depends on, for `torch.save`; a collective: call it on every process"
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     model = self.accelerator.unwrap_model(self.model)
-    if self.zero: opt = self.zero.moments(_trained(model))
-    else: opt = get_optimizer_state_dict(model, self.opt.optimizer,
-                                         options=options) if self.opt.optimizer.state else None
+    opt = get_optimizer_state_dict(model, self.opt.optimizer,
+                                   options=options) if self.opt.optimizer.state else None
     ema = self.ema and self.ema.state_dict()
     if ema: ema["shadow_params"] = [whole(p) for p in ema["shadow_params"]]
     return dict(step=self.step, skipped=self.skipped, in_a_row=self.in_a_row, optimizer=opt,
                 config=asdict(self.cfg), data=self.source.fingerprint(),
                 texts=self.texts.fingerprint() if self.texts else "",
                 left_out=self.left_out(), fingerprints=self.student.fingerprints, ema=ema,
+                scale=self.precision.state(),
                 params={n: whole(p) for n, p in self.student.trainable().items()})
 
 # %% ../nbs/33_train.ipynb #31138907
 @patch
 def save(self:Trainer):
-    "Write a checkpoint and, for everybody else, `student/`; every process has to ask"
+    "Write a checkpoint and, for everybody else, `student/`; a collective: call it on every process"
     state, tensors, why = self.state(), self.student.tensors(), None
     about = dict(step=self.step, config=asdict(self.cfg))
     if self.accelerator.is_main_process:
@@ -486,7 +492,7 @@ def resume(self:Trainer)->bool: # whether there was a checkpoint
 
 # %% ../nbs/33_train.ipynb #943fdf40
 def _like(v, p):
-    "A whole tensor on the device of `p`, and cut up as `p` is"
+    "A whole tensor on the device of `p`, and sharded as `p` is"
     v = v.to(p.device)
     return distribute_tensor(v, p.device_mesh, p.placements) if hasattr(p, "full_tensor") else v
 
@@ -495,17 +501,15 @@ def _like(v, p):
 def restore(self:Trainer, state:dict):
     "Take over what `state` gave"
     model, mine = self.accelerator.unwrap_model(self.model), self.student.trainable()
-    if self.zero: self.zero.load_weights(mine, state["params"])
-    else:
-        for n, p in mine.items(): p.copy_(_like(state["params"][n], p))
-    if (opt := state["optimizer"]) is None: pass           # saved before the first step
-    elif self.zero: self.zero.load_moments(_trained(model), opt)
-    else: set_optimizer_state_dict(model, self.opt.optimizer, opt, options=StateDictOptions(
-        full_state_dict=True, ignore_frozen_params=True))
+    for n, p in mine.items(): p.copy_(_like(state["params"][n], p))
+    if (opt := state["optimizer"]) is not None:            # None: saved before the first step
+        set_optimizer_state_dict(model, self.opt.optimizer, opt, options=StateDictOptions(
+            full_state_dict=True, ignore_frozen_params=True))
     if self.ema is not None:
         self.ema.load_state_dict(state["ema"])
         self.ema.shadow_params = list(map(_like, self.ema.shadow_params, self.params))
     self.step, self.skipped, self.in_a_row = (state[k] for k in ("step", "skipped", "in_a_row"))
+    self.precision.load(state.get("scale"))
     self.before = [tuple(pair) for pair in state["left_out"]]
 
 # %% ../nbs/33_train.ipynb #58d48870
@@ -525,7 +529,7 @@ def _open_logs(self:Trainer):
     if self.accelerator.is_main_process:
         log.parent.mkdir(parents=True, exist_ok=True)
         old = log.read_text().splitlines()[:self.step] if log.is_file() else []
-        with atomic(log) as tmp: Path(tmp).write_text("".join(l + "\n" for l in old))
+        with atomic(log, sync=False) as tmp: Path(tmp).write_text("".join(l + "\n" for l in old))
     if self.cfg.track:
         flat = asdict(self.cfg) | asdict(self.cfg.objective)
         self.accelerator.init_trackers("run", {k: v for k, v in flat.items() if k != "objective"})
@@ -556,13 +560,14 @@ def one_step(self:Trainer,
              feed,        # gives `(step, clips, captions)` of this process, see `Prefetch`
             )->dict:      # what is logged
     "Gradient, update, and a row for the log; ends a run whose loss stays not finite"
-    start, read = time.time(), self.read(feed)
+    start, read, scale = time.time(), self.read(feed), self.precision.scale
     row = self.backward(read)
     bad, asked = row.pop("bad") > 0, row.pop("asked") > 0
     if asked and not self.asked: self.asked.append(15)   # another process was sent SIGTERM
     self.agreed = asked                                  # before this step, and all know it
     row |= dict(grad_norm=self.update(bad), step=self.step, skipped=self.skipped,
                 seconds=time.time() - start, memory_gb=_memory_gb())
+    if self.precision.scaled: row["scale"] = scale         # of this step
     self.log(row)
     if self.in_a_row >= self.cfg.max_skipped:
         names = [k for k in (*TERMS[1:], "grad_norm") if not math.isfinite(row[k])]
@@ -577,24 +582,6 @@ def _may_save(self:Trainer, e):
     "Whether a run that `e` ends can be saved: all processes are here, and between two steps"
     agreed = isinstance(e, (Stopped, Agreed, GeneratorExit))
     return not self.torn and (agreed or self.accelerator.num_processes == 1)
-
-@patch
-@contextmanager
-def together(self:Trainer):
-    "Within this context the death of another process ends this one with a sentence"
-    try: yield
-    except RuntimeError as e:
-        said = str(e).strip() or type(e).__name__
-        if self.accelerator.num_processes == 1 or not _GONE.search(said): raise
-        steps = self.store.steps()
-        on = f"goes on from step {steps[-1]}" if steps else "begins anew: nothing was saved yet"
-        raise Lost("another process of this run is gone: look at what it said, and run the same "
-                   f"command again, which {on}") from e
-
-_GONE = re.compile(r"gloo|nccl|closed by peer|connection (reset|closed|refused)|broken pipe", re.I)
-
-class Lost(UserError):
-    "Another process is gone, so nothing can be gathered any more"
 
 class Agreed(UserError):
     "All processes of a run say this, at the same step"
@@ -618,4 +605,5 @@ def fit(self:Trainer):
             if saved != self.step and self._may_save(e): self.save()
             raise
         if saved != self.step or not self.step: self.save()
-    if cfg.track: self.accelerator.end_training()
+    for t in self.accelerator.trackers: t.finish()   # and no `end_training`: it would end the
+    self.accelerator.trackers = []                   # process group, and there is more to gather

@@ -7,21 +7,21 @@ __all__ = ['SHIPPED', 'LOADERS', 'CLASSES', 'DEFAULTS', 'kind_of', 'local_folder
            'ScaledSchedule', 'loader_of', 'teacher_class', 'load_teacher', 'Defaults', 'in_tiny_world', 'defaults_of']
 
 # %% ../../nbs/15_folders.ipynb #41f1705a
-import json
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, DDIMScheduler, UNet3DConditionModel
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..core import UserError, atomic, expand_to
+from ..hub import KNOWN, fetch_folder, nearest, read_index, split_name
 from ..schedule import Schedule
 from . import tiny
-from .base import Teacher, check_size, check_whole, load_part, save_parts
+from .base import (Teacher, check_size, check_whole, load_part, read_about,
+                                     read_object, save_parts)
 from .published import with_w_projection
 from .videocrafter2 import clip_tokenizer, set_fps, vc2_scheduler, x0_scale
 from .wan import FlowTeacher, GuidedWan, WanTeacher, load_wan
@@ -33,25 +33,31 @@ def kind_of(folder:str|Path, # a diffusers folder
            )->str:       # class name of its network
     "The class of the network in a folder; a folder without one is refused"
     config = next((c for n in _PLACES if (c := Path(folder)/n/"config.json").is_file()), None)
-    found = {} if config is None else json.loads(config.read_text())
-    if "_class_name" in found: return found["_class_name"]
+    found = {} if config is None else read_object(config, "the folder as it was published")
+    if isinstance(found.get("_class_name"), str): return found["_class_name"]
+    if config: raise UserError(f"{str(config)!r} lacks the name of its class: give the folder as it "
+                               "was published")
     raise UserError(f"{str(folder)!r} is not a diffusers model (no unet/, transformer/ or "
                     "denoiser/ with a config.json): give 'tiny', a diffusers folder or a hub id; "
                     "`t2v-turbo convert videocrafter2` makes one of model.ckpt")
 
 SHIPPED = ("tiny", "tiny-flow")                 # teachers of the tiny world, in this package
 
-def local_folder(name:str, # one of `SHIPPED`, a folder, or a hub id such as `owner/name`
-                )->Path:   # where its files lie
+def local_folder(name:str,     # one of `SHIPPED`, a folder, or `owner/name` or `owner/name@revision`
+                 variant=None, # of the weights, such as `"fp16"`; `None`: by `dtype`
+                 dtype=None,   # in which they will be used
+                )->Path:       # where its files lie
     "The folder behind a name; from the hub, if there is no such folder"
     if name in SHIPPED: return tiny.WEIGHTS/name
-    if Path(name).exists(): return Path(name)
-    files = ["*.json", "*.txt", "*.model", "*.safetensors"]    # `.model`: SentencePiece's words
-    try: return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=["*.fp16.*"]))
-    except Exception as e:
-        raise UserError(f"there is no folder {name!r}, and no such model could be fetched from the "
-                        f"hub ({type(e).__name__}): give 'tiny', a diffusers folder or a hub id "
-                        "that can be reached") from None
+    if Path(name).exists():
+        read_index(name)                            # a damaged one is refused
+        return Path(name)
+    if not split_name(name):
+        raise UserError(f"there is no folder {name!r}{nearest(name, (*SHIPPED, *KNOWN))}: give "
+                        f"{' or '.join(map(repr, SHIPPED))}, a diffusers folder or a hub id such "
+                        "as owner/name")
+    try: return fetch_folder(name, variant, dtype)
+    except UserError as e: raise UserError(f"there is no folder {name!r}, and {e}") from None
 
 # %% ../../nbs/15_folders.ipynb #9d5b9f99
 def tiny_modelscope(folder:str|Path, # to make
@@ -84,17 +90,17 @@ def load_unet_teacher(folder:str|Path,  # ModelScopeT2V, or a converted VideoCra
                       size:tuple|None=None,  # height and width; those of the training by default
                       fps:int|None=None,     # frames a second; for VideoCrafter2 it is a condition
                       dtype=torch.float32, # of all weights
+                      variant=None,          # of their files, see `hub.pick`
                      )->Teacher:
     "A teacher whose network is a `UNet3DConditionModel`"
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (Path(folder)/part).is_dir():
             raise UserError(f"{str(folder)!r} has no {part}/: give a folder with all components")
-    about = Path(folder)/"teacher.json"
-    about = json.loads(about.read_text()) if about.is_file() else {}
+    about = read_about(folder)
     chosen = fps is not None and "fps" in about
     frames = check_whole("frames", about.get("frames", 16) if frames is None else frames)
     fps = check_whole("fps", about.get("fps", 8) if fps is None else fps)
-    unet, vae, text = (load_part(cls, folder, n, dtype) for cls, n in (
+    unet, vae, text = (load_part(cls, folder, n, dtype, variant) for cls, n in (
         (UNet3DConditionModel, "unet"), (AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder")))
     tokenizer = load_part(CLIPTokenizer, folder, "tokenizer")
     places = text.config.max_position_embeddings
@@ -123,9 +129,10 @@ class ScaledSchedule(Schedule):
         return alpha*expand_to(self.scale.to(like.device)[t.to(like.device)], like), sigma
 
 # %% ../../nbs/15_folders.ipynb #254fdcf0
-def _load_tiny(folder, frames=None, size=None, fps=None, dtype=torch.float32):
+def _load_tiny(folder, frames=None, size=None, fps=None, dtype=torch.float32,
+               variant=None):
     "The teacher of the tiny world has one size; its weights are float32"
-    teacher = tiny.load_teacher(str(folder))
+    teacher = tiny.load_teacher(str(folder), variant)
     _, own, *hw = teacher.video_shape
     for n, v, mine in (("frames", frames, own), ("size", size and tuple(size), tuple(hw)),
                        ("fps", fps, teacher.fps)):
@@ -133,7 +140,7 @@ def _load_tiny(folder, frames=None, size=None, fps=None, dtype=torch.float32):
                                                   f"trained at {mine} and takes nothing else")
     parts = ("denoiser", "vae", "text_encoder") if dtype != torch.float32 else ()
     for n in parts:                              # its norms stay float32, as in all of Wan
-        part = load_part(type(getattr(teacher, n)), folder, n, dtype)
+        part = load_part(type(getattr(teacher, n)), folder, n, dtype, variant)
         setattr(teacher, n, part.requires_grad_(False).eval())
     return teacher
 
@@ -159,30 +166,55 @@ def teacher_class(denoiser:torch.nn.Module, # a teacher's network
     "Which class puts these networks behind the protocol"
     return CLASSES.get((type(denoiser), type(vae)), Teacher)
 
+# %% ../../nbs/15_folders.ipynb #6781cc41
+def _scaled(teacher, folder):
+    "The same teacher with the data factor of its training"
+    if read_about(folder).get("kind") != "videocrafter2":
+        raise UserError(f"scale_x0 is for VideoCrafter2 only, but {teacher.name!r} is another "
+                        "model: leave it out")
+    teacher.schedule = ScaledSchedule(teacher.schedule.abar, x0_scale(len(teacher.schedule)))
+    teacher.options["scale_x0"] = True
+    return teacher
+
 # %% ../../nbs/15_folders.ipynb #96a062c1
-def load_teacher(name:str|Path="tiny", # `"tiny"`, a diffusers folder, or a hub id
+_DAMAGE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+           ValueError)
+
+def _put_together(load, name, folder, **options):
+    "A teacher out of a folder; parts that do not fit together are told in one sentence"
+    try: teacher = load(folder, **options)
+    except torch.OutOfMemoryError: raise
+    except _DAMAGE as e:
+        first = "".join(str(e).strip().splitlines()[:1])[:200]
+        raise UserError(f"the parts of {name!r} do not make a teacher ({type(e).__name__}: {first}"
+                        "): a configuration is damaged; give the folder as it was published"
+                        ) from e
+    words = getattr(getattr(teacher.text_encoder, "config", None), "vocab_size", None)
+    ids = getattr(teacher.tokenizer, "get_vocab", dict)().values()
+    if words and ids and max(ids) >= words:
+        raise UserError(f"the tokenizer of {name!r} has ids up to {max(ids)}, but its text encoder "
+                        f"{words} words: they are not of one model; give the folder as it was "
+                        "published")
+    return teacher
+
+def load_teacher(name:str|Path="tiny", # `"tiny"`, a diffusers folder, or `owner/name@revision`
                  scale_x0:bool=False, # with the data factor that VideoCrafter2 was trained with
                  dtype=torch.float32, # of all weights
+                 variant:str|None=None, # of their files, e.g. `"fp16"`; `None`: as fits `dtype`
                  **options,          # `frames`, `size`, `fps`; the teacher's own by default
                 )->Teacher:
     "Load any teacher, frozen and in evaluation mode"
-    folder = local_folder(str(name))
-    teacher = loader_of(str(name), kind_of(folder))(folder, dtype=dtype, **options)
+    folder, more = local_folder(str(name), variant, dtype), dict(variant=variant) if variant else {}
+    teacher = _put_together(loader_of(str(name), kind_of(folder)), str(name), folder, dtype=dtype,
+                            **options, **more)
     own, parts = type(teacher), (type(teacher.denoiser), type(teacher.vae))
     if CLASSES.get(parts, Teacher) is not own:
         raise UserError(f"{own.__name__} is not in CLASSES, so no pipeline can be made of it: set "
                         f"CLASSES[{', '.join(p.__name__ for p in parts)}] = {own.__name__}")
     here = str(name) not in SHIPPED and Path(name).exists()
     teacher.name = str(Path(name).resolve()) if here else str(name)
-    teacher.options = {k: v for k, v in options.items() if v is not None}
-    if not scale_x0: return teacher
-    about = folder/"teacher.json"
-    if not about.is_file() or json.loads(about.read_text()).get("kind") != "videocrafter2":
-        raise UserError(f"scale_x0 is for VideoCrafter2 only, but {str(name)!r} is another model: "
-                        "leave it out")
-    teacher.schedule = ScaledSchedule(teacher.schedule.abar, x0_scale(len(teacher.schedule)))
-    teacher.options["scale_x0"] = True
-    return teacher
+    teacher.options = {k: v for k, v in (options | more).items() if v is not None}
+    return _scaled(teacher, folder) if scale_x0 else teacher
 
 # %% ../../nbs/15_folders.ipynb #9e292a95
 from dataclasses import fields, replace

@@ -8,7 +8,6 @@ __all__ = ['Flow', 'with_places', 'GuidedWan', 'guided_wan', 'FlowTeacher', 'flo
 
 # %% ../../nbs/14_wan.ipynb #99e9cfe1
 import html
-import json
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -28,8 +27,8 @@ from transformers import (AutoTokenizer, CLIPTextModel, T5Tokenizer, UMT5Config,
 from ..consistency import few_step_grid, w_embedding
 from ..core import UserError, atomic, expand_to, write_json
 from ..schedule import Schedule
-from .base import (Teacher, check_size, check_whole, load_part,
-                                     save_parts, tokenize)
+from .base import (Teacher, check_size, check_whole, load_part, read_about,
+                                     read_object, save_parts, tokenize)
 
 # %% ../../nbs/14_wan.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -305,7 +304,9 @@ def _class_of(folder, part, file="config.json"):
     if not path.is_file():
         raise UserError(f"{str(folder)!r} has no {part}/{file}: give a folder of Wan 2.1 in "
                         "diffusers' layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    return json.loads(path.read_text())["_class_name"]
+    found = read_object(path, "the folder as it was published").get("_class_name")
+    if isinstance(found, str): return found
+    raise UserError(f"{str(path)!r} lacks the name of its class: give it as it was published")
 
 def _check_fit(teacher, folder):
     "Refuse latents that the transformer cannot take"
@@ -324,10 +325,10 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
              size:tuple|None=None,  # height and width
              fps:int|None=None,     # frames a second
              dtype=torch.float32, # of all weights; the time layers of Wan stay float32
+             variant=None,        # of its files, see `hub.pick`
             )->FlowTeacher:
     "Load a flow teacher, frozen and in evaluation mode"
-    about = Path(folder)/"teacher.json"
-    about = json.loads(about.read_text()) if about.is_file() else {}
+    about = read_about(folder)
     found = _class_of(folder, "transformer"), _class_of(folder, "vae")
     if found[0] != "WanTransformer3DModel" or found[1] not in _KINDS:
         raise UserError(f"{str(folder)!r} holds a {found[0]} with an {found[1]}: give Wan 2.1")
@@ -338,10 +339,13 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
         if given[k] is not None: check_whole(k, given[k])
     given = {k: tuple(v) if k == "size" else v for k, v in given.items() if v is not None}
     cls = WanTeacher if vae is AutoencoderKLWan else FlowTeacher
-    scheduler = getattr(diffusers, _class_of(folder, "scheduler", "scheduler_config.json"))
-    net = guided_wan(load_part(WanTransformer3DModel, folder, "transformer", dtype))
-    teacher = cls(str(folder), net, load_part(vae, folder, "vae", dtype),
-                  load_part(text, folder, "text_encoder", dtype),
+    name = _class_of(folder, "scheduler", "scheduler_config.json")
+    if (scheduler := getattr(diffusers, name, None)) is None:
+        raise UserError(f"{str(folder)!r} names a scheduler {name} that diffusers does not have: "
+                        "give the folder as it was published")
+    net = guided_wan(load_part(WanTransformer3DModel, folder, "transformer", dtype, variant))
+    teacher = cls(str(folder), net, load_part(vae, folder, "vae", dtype, variant),
+                  load_part(text, folder, "text_encoder", dtype, variant),
                   load_part(AutoTokenizer, folder, "tokenizer"),
                   load_part(scheduler, folder, "scheduler"), **given)
     _check_fit(teacher, folder)
