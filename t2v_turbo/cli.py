@@ -148,9 +148,9 @@ def weights_in_words(o, # an `Objective`
                     )->str:
     "The effective objective in one line; it is the same for any number of processes"
     J = "log sigmoid(R)" if o.shape == "log_sigmoid" else "R"
-    frames = o.video_frames or "as many as its reward takes"
+    seen = o.video_frames or "the video reward's own number of"
     return (f"L = 1 * L_CD - {o.beta_img:g} * J_img - {o.beta_vid:g} * J_vid,  J = mean {J},  "
-            f"{o.image_frames} image frames, {frames} video frames, "
+            f"{o.image_frames} image frames, {seen} video frames, "
             f"k = {o.k}, w in [{o.w_min:g}, {o.w_max:g}]")
 
 # %% ../nbs/50_cli.ipynb #d334b80a
@@ -182,7 +182,7 @@ def train(trainer, # a `Trainer`, in a folder that is claimed
     cfg, acc, resumed = trainer.cfg, trainer.accelerator, trainer.resume()
     if acc.is_main_process:
         if resumed: print(f"resumed at step {trainer.step} of {cfg.steps}")
-        print(weights_in_words(cfg.objective))
+        print(weights_in_words(acc.unwrap_model(trainer.model).cfg))
         over = ", the denoiser sharded over them" if trainer.sharded else ""
         print(f"{acc.num_processes} process(es){over}, {cfg.batch} clips a step in all, "
               f"{sum(p.numel() for p in trainer.params) / 1e6:.2f} M parameters train")

@@ -10,7 +10,7 @@ __all__ = ['TEACHERS', 'CACHED', 'GB', 'RESERVE', 'SWITCHES', 'LOADING', 'NoWord
 
 # %% ../nbs/35_plan.ipynb #4269a40a
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch as replaced
 
@@ -26,7 +26,7 @@ from transformers import (BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPMode
 
 from .caches import Pair
 from .core import UserError, make_gen
-from .distill import Distillation, Draw, Objective, draw
+from .distill import Distillation, Objective, draw
 from .rewards.clip import (AESTHETIC, CLIPSCORE, HPS, IMAGEREWARD, PICKSCORE,
                                     AestheticReward, CLIPReward, ImageReward, letterbox, squash)
 from .rewards.internvideo2 import internvideo2_full
@@ -202,6 +202,14 @@ def optimizer_bytes(name:str, # of `make_optimizer`
 # %% ../nbs/35_plan.ipynb #3c411658
 CACHED = ("", "latents", "pairs")     # nothing, the encoder's answers, the teacher's
 
+def _most_frames(model):
+    "The frames of a step that decodes most: none is seen twice, and the window ends with the clip"
+    m, M = model.cfg.video_frames, model.cfg.image_frames
+    t, size = model.student.teacher.video_shape[1], model.window
+    n = min(size, m + M)
+    ids = t - size + torch.arange(n) * (size - 1) // max(1, n - 1)
+    return dict(video_frames=ids[:m], image_frames=ids[-M:])
+
 def metered(model:Distillation, # on any device
             batch:int=1,        # clips
             cached:str="",      # what comes from a cache besides contexts: `latents` or `pairs`
@@ -213,10 +221,10 @@ def metered(model:Distillation, # on any device
     dev, prompts = teacher.device, [f"prompt {i}" for i in range(batch)]
     with Meter(dev.type), torch.no_grad():      # what is on `meta` needs it to answer questions
         ctx, null = (teacher.encode_text(p) for p in (prompts, [""]*batch)) # null: once for a run
-    d = draw(model.cfg, (batch, *teacher.latent_shape), make_gen(0))
-    d = Draw(d.noise.to(dev), d.index.to(dev), d.w.to(dev), d.image_frames, d.video_frames)
+    d = draw(model.cfg, (batch, *teacher.latent_shape), make_gen(0)).to(dev)
+    d = replace(d, **_most_frames(model), window=None)
     for p in params: p.grad = None
-    known = [*model.parameters(), *model.buffers(), *vars(d).values(), ctx, null]
+    known = [*model.parameters(), *model.buffers(), d.noise, d.index, d.w, ctx, null]
     with Meter(dev.type, known) as m, _phases(model, m):
         like = lambda: torch.rand_like(d.noise)
         pair = Pair(like(), d.index, like(), like()) if cached == "pairs" else None
@@ -310,9 +318,8 @@ def predict(teacher:str="modelscope",  # of `teacher_on_meta`
             raise UserError(f"{n} is a second {kind} reward: give one of each")
         made[kind] = reward
     image, video = made.values()
-    seen = video.facts.frames or 4 if video is not None else 4
     cfg = Objective(beta_img=float(image is not None), beta_vid=float(video is not None),
-                    image_frames=image_frames or own.image_frames, video_frames=seen)
+                    image_frames=image_frames or own.image_frames)
     student = Student(teacher_on_meta(teacher, frames, size, dtype), rank or own.rank)
     save_memory(student.teacher, denoiser, decode)
     return plan_of(Distillation(student, cfg, image, video), batch, optimizer, cached)

@@ -34,10 +34,10 @@ from torch.distributed.tensor import distribute_tensor
 from .base import at_least
 from .caches import open_cache, open_texts
 from .checkpoints import CannotSave, Checkpoints, Stopped, stop_signals
-from .core import UserError, atomic, make_gen, pick_device, write_json
+from .core import UserError, atomic, pick_device, step_gen, write_json
 from .distill import Distillation, Objective, StepOut, draw
 from .precision import Precision, asked_precision
-from .rewards.names import options_of, parse_reward, rewards_from
+from .rewards.names import named_frames, options_of, parse_reward, rewards_from
 from .streams import Prefetch, open_source
 from .student import Student, whole
 from .teachers.base import same_teacher
@@ -149,7 +149,9 @@ class Trainer:
                  image_reward:nn.Module|None=None, # the tiny one by default
                  video_reward:nn.Module|None=None, # the tiny one by default
                 ):
-        check_rewards(cfg, image_reward, video_reward)                # before anything is loaded
+        check_rewards(cfg, image_reward, video_reward)   # refused before anything is loaded
+        if (o := cfg.objective).beta_vid and cfg.reward:
+            named_frames(cfg.reward.split(","), o.video_frames)
         self.cfg, self.step, self.skipped, self.in_a_row, self.asked = cfg, 0, 0, 0, []
         self.null = {}                   # length: the null prompt's context
         self.before = []                 # clips that were left out before it was resumed
@@ -378,7 +380,7 @@ def backward(self:Trainer,
     cfg, acc, mine = self.cfg, self.accelerator, self.rows()
     x, prompts = read or self.source.batch(self.step, cfg.batch, mine)
     shape = (cfg.batch, *self.student.teacher.latent_shape)
-    d = draw(cfg.objective, shape, make_gen(cfg.seed * 1_000_003 + self.step))
+    d = draw(cfg.objective, shape, step_gen(cfg.seed, self.step, "noise"))
     d, n, got = d.rows(mine), len(prompts) // cfg.accumulate, []
     for i in range(0, len(prompts), n):
         piece, last = slice(i, i + n), i + n >= len(prompts)

@@ -91,15 +91,15 @@ def test_suite_of_a_teacher_in_a_folder(kind, tmp_path):
     assert len(list((tmp_path / "out" / "videos").glob("*.mp4"))) == 1
 
 
-def test_wan_rewards_see_a_causal_prefix(tmp_path, monkeypatch):
-    "The trainer asks for frames that the first latents decode to, not for the whole clip"
+def test_wan_rewards_see_the_whole_clip(tmp_path, monkeypatch):
+    "The trainer asks for frames of the clip, of which there are more than latents"
     from t2v_turbo.teachers.wan import WanTeacher
     from t2v_turbo.train import Config, Objective, Trainer
     save_wan(tiny_wan(), tmp_path / "wan")
     trainer = Trainer(Config(out=str(tmp_path / "o"), teacher=str(tmp_path / "wan"), steps=4, batch=1, rank=2,
-                             frames=9, height=32, width=32, reward="tiny-image,tiny-video", objective=Objective(video_frames=3)))
+                             frames=9, height=32, width=32, reward="tiny-image,tiny-video", objective=Objective(video_frames=9)))
     asked, decode = [], WanTeacher.decode
     monkeypatch.setattr(WanTeacher, "decode", lambda self, z, frames=None: (
-        asked.append(int(frames.max())), decode(self, z, frames))[1])
+        asked.append(frames.tolist()), decode(self, z, frames))[1])
     for _ in trainer.fit(): pass
-    assert len(asked) == 4 and max(asked) <= 2           # 9 frames are 3 latents
+    assert asked == [list(range(9))]*4                   # 9 frames are 3 latents

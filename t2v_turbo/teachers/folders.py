@@ -241,7 +241,7 @@ class Defaults:
 
 DEFAULTS = {"tiny": Defaults(
                 lr=1e-3, lr_schedule="linear", rank=16, k=20, w_min=1., w_max=3., guidance=2.,
-                beta_img=1., beta_vid=1., image_frames=2, video_frames=4,
+                beta_img=1., beta_vid=1., image_frames=2, video_frames=0,
                 reward="tiny-image=1,tiny-video=1"),
             "modelscope": Defaults(
                 lr=1e-5, lr_schedule="constant", rank=32, k=20, w_min=5., w_max=15., guidance=7.5,
