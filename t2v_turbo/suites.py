@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .base import at_least
+from .base import at_least, is_rubbish
 from .checkpoints import claim
 from .core import UserError, atomic, make_gen, pick_device, write_json, write_video
 from .data import ROWS, probe
@@ -52,7 +52,8 @@ def _full_info(path):
 def _vbench(path):
     "(prompt, is it for temporal flickering) of a json file, a text file or a folder of them"
     if path.suffix == ".json": return _full_info(path)
-    found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    found = sorted(p for p in path.glob("*.txt") if not is_rubbish(p.name)) if path.is_dir(
+        ) else [path]
     if not found: raise UserError(f"{path} holds no .txt file: give VBench's prompts_per_dimension")
     return [(p, f.stem == "temporal_flickering") for f in found for p in _lines(f) if p]
 

@@ -142,6 +142,7 @@ class Trainer:
         def save(self): ...
         def one_step(self, feed)->dict: ...
         def left_out(self)->list: ...
+        def take_over(self, state:dict): ...
         def together(self)->ContextManager[None]: ...
 
     def __init__(self,
@@ -438,6 +439,7 @@ def state(self:Trainer)->dict:
     if ema: ema["shadow_params"] = [whole(p) for p in ema["shadow_params"]]
     return dict(step=self.step, skipped=self.skipped, in_a_row=self.in_a_row, optimizer=opt,
                 config=asdict(self.cfg), data=self.source.fingerprint(),
+                clips=self.source.record() if hasattr(self.source, "record") else None,
                 texts=self.texts.fingerprint() if self.texts else "",
                 left_out=self.left_out(), fingerprints=self.student.fingerprints, ema=ema,
                 scale=self.precision.state(),
@@ -464,6 +466,12 @@ def save(self:Trainer):
 
 # %% ../nbs/33_train.ipynb #21285b79
 @patch
+def take_over(self:Trainer, state:dict):
+    "Go on with the clips that the run began with, though some are gone or broken since"
+    if state.get("clips") and hasattr(self.source, "take_over"):
+        self.source.take_over(state["clips"])
+
+@patch
 def check(self:Trainer, state:dict):
     "Refuse the checkpoint of another run"
     path, mine, his = str(self.store.path(state["step"])), asdict(self.cfg), state["config"]
@@ -471,6 +479,7 @@ def check(self:Trainer, state:dict):
     if not same_teacher(his_teacher, my_teacher):
         raise UserError(f"{path!r} was made with another teacher (fingerprints {his_teacher}, but "
                         f"this one has {my_teacher})")
+    self.take_over(state)
     for n, what, source in (("data", "data", self.source), ("texts", "text cache", self.texts)):
         was, now = state.get(n, ""), source.fingerprint() if source else ""
         if was != now: raise UserError(
@@ -502,6 +511,7 @@ def _like(v, p):
 @torch.no_grad()
 def restore(self:Trainer, state:dict):
     "Take over what `state` gave"
+    self.take_over(state)
     model, mine = self.accelerator.unwrap_model(self.model), self.student.trainable()
     for n, p in mine.items(): p.copy_(_like(state["params"][n], p))
     if (opt := state["optimizer"]) is not None:            # None: saved before the first step
