@@ -170,6 +170,7 @@ def distill(cfg=None,     # a `train.Config`
     main = trainer.accelerator.is_main_process
     with claim(cfg.out) if main else nullcontext(), trainer.together():
         best = train(trainer, looks)
+        trainer.accelerator.end_training()       # nothing is gathered any more: others may leave
         return report(trainer, extra, looks, best) if main else {}
 
 # %% ../nbs/50_cli.ipynb #17a40d3d
@@ -209,8 +210,8 @@ def samplers(student,       # the one just trained
     from t2v_turbo.teachers.folders import defaults_of, load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
     who, own = student.teacher.name, sampling_of_student(student)
-    device, w = student.teacher.device, looks.student_w       # all on one, in one precision
-    n, w = own["steps"], own["w"] if w is None else w
+    device, n = student.teacher.device, own["steps"]          # all on one, in one precision
+    w = own["w"] if looks.student_w < 0 else looks.student_w   # -1: its own
     teacher_w = defaults_of(who).guidance if extra.teacher_w is None else extra.teacher_w
     dtype = next(student.teacher.vae.parameters()).dtype
     teacher = load_teacher(who, dtype=dtype).to(device)
