@@ -63,11 +63,11 @@ def test_a_bare_objective_is_the_tiny_teachers():
 
 def test_of_a_model_on_the_hub_one_small_file_is_fetched(at, monkeypatch):
     asked = []
-    def small(name, path): asked.append(path); return str(at / "ms" / path)
+    def small(name, path, revision=None): asked.append((revision, path)); return str(at / "ms" / path)
     def whole(*_, **__): raise AssertionError("gigabytes")
     monkeypatch.setattr(folders, "hf_hub_download", small)
     monkeypatch.setattr(folders, "local_folder", whole)
-    assert defaults_of("someone/a-model") == DEFAULTS["modelscope"] and set(asked) == {"model_index.json", "teacher.json"}
+    assert defaults_of("someone/a-model@main") == DEFAULTS["modelscope"] and set(asked) == {("main", "model_index.json"), ("main", "teacher.json")}
     with pytest.raises(UserError, match="add --reward hpsv2.1=1,viclip-l14=1 or --beta_img 0 --beta_vid 0"): Trainer(Config(teacher="someone/a-model", track=""))
 
 

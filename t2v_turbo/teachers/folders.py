@@ -222,6 +222,8 @@ from dataclasses import fields, replace
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from ..hub import cached, in_words, split_name, status_of
+
 # %% ../../nbs/15_folders.ipynb #b0391075
 @dataclass(frozen=True)
 class Defaults:
@@ -257,22 +259,27 @@ DEFAULTS = {"tiny": Defaults(
                 reward="hpsv2.1=1,viclip-l14=1")}
 
 # %% ../../nbs/15_folders.ipynb #c0dca1b4
+def _small_file(name, path):
+    "Where one small file of a model on the hub lies, fetched alone"
+    repo, revision = split_name(name) or local_folder(name)         # which raises for such a name
+    at = cached(repo, revision)
+    whole = at is not None and any((at/p).is_dir() for p in _PLACES)
+    if whole or at is not None and (at/path).is_file(): return at/path
+    return Path(hf_hub_download(repo, path, revision=revision))
+
 def _about(name, path, needed=False):
-    "The settings in one small JSON file of a teacher, fetched alone from the hub; `{}` if absent"
-    if name in SHIPPED or Path(name).exists(): file = local_folder(name)/path
-    else:
-        try: file = Path(hf_hub_download(name, path))
-        except Exception as e:
-            if isinstance(e, EntryNotFoundError) and not needed: return {}
-            raise UserError(f"there is no folder {name!r}, and the hub gave no {path} of such a "
-                            f"model ({type(e).__name__}): give 'tiny', a diffusers folder or a "
-                            "hub id that can be reached") from None
-    if not file.is_file(): return {}
-    try: found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError): found = None
-    if isinstance(found, dict): return found
-    raise UserError(f"{str(file)!r} is damaged: no JSON object can be read from it; take another "
-                    "copy of the model")
+    "The settings in one small JSON file of a teacher; `{}` if there is none"
+    try:
+        here = name in SHIPPED or Path(name).exists()
+        file = local_folder(name)/path if here else _small_file(name, path)
+    except UserError: raise
+    except Exception as e:
+        none = isinstance(e, EntryNotFoundError)
+        if none and not needed: return {}
+        if none and status_of(e): raise UserError(
+            f"{name!r} on the hub has no {path}: give the id of a diffusers model") from None
+        raise UserError(f"there is no folder {name!r}, and {in_words(e, name)}") from None
+    return read_object(file, "another copy of the model") if file.is_file() else {}
 
 def in_tiny_world(name:str, # of a teacher: one of `SHIPPED`, a folder, or a hub id
                  )->bool:
