@@ -160,14 +160,17 @@ def distill(cfg=None,     # a `train.Config`
            )->dict:       # rows, paths
     "Train a student, sample it, judge it, and write `results.json` and `report.html`"
     from t2v_turbo.checkpoints import claim
-    from t2v_turbo.train import Config, Trainer
+    from t2v_turbo.rewards.tiny import REWARD_KINDS
+    from t2v_turbo.train import Config, Trainer, warn_of_words
     from t2v_turbo.watch import WatchOptions, look_every, look_prompts
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()
     if extra.match_official: cfg = replace(cfg, objective=cfg.objective.as_published())
     every = look_every(cfg, looks)               # these three lines refuse bad input
     trainer = Trainer(cfg)                       # before the folder is touched
-    if every: look_prompts(trainer, looks)
-    main = trainer.accelerator.is_main_process
+    main, prompts = trainer.accelerator.is_main_process, []
+    if every: prompts = look_prompts(trainer, looks)
+    if main and looks.held_out in REWARD_KINDS:
+        warn_of_words([looks.held_out], prompts, looks.prompts or "the tiny world")
     with claim(cfg.out) if main else nullcontext(), trainer.together():
         best = train(trainer, looks)
         trainer.accelerator.end_training()       # nothing is gathered any more: others may leave
