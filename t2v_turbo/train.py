@@ -151,8 +151,6 @@ class Trainer:
                  video_reward:nn.Module|None=None, # the tiny one by default
                 ):
         check_rewards(cfg, image_reward, video_reward)   # refused before anything is loaded
-        if (o := cfg.objective).beta_vid and cfg.reward:
-            named_frames(cfg.reward.split(","), o.video_frames)
         self.cfg, self.step, self.skipped, self.in_a_row, self.asked = cfg, 0, 0, 0, []
         self.null = {}                   # length: the null prompt's context
         self.before = []                 # clips that were left out before it was resumed
@@ -215,6 +213,7 @@ def check_rewards(cfg:Config,        # what is trained
     o, names = cfg.objective, [t for t in cfg.reward.split(",") if t]
     wanted = [k for k, beta, rm in (("image", o.beta_img, image_reward),
                                     ("video", o.beta_vid, video_reward)) if beta and rm is None]
+    if names and o.beta_vid: named_frames(names, o.video_frames)
     if not names and in_tiny_world(cfg.teacher): return        # whose own rewards are taken
     own = defaults_of(cfg.teacher).reward.split(",")
     lacking = missing_rewards(wanted, names, own)
