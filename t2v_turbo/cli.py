@@ -87,6 +87,7 @@ def check_sampling(steps=None,  # network calls a clip; the next three: `None` w
                    origin=None, # timesteps of the training grid
                    dtype="auto", # one of `DTYPES`
                    most=16,     # of `steps`; `None`: any number
+                   seed=0,      # of all noise
                   )->None:
     "Raise `UserError` for what no sampler takes"
     if steps is not None and not 1 <= steps <= (most or steps):
@@ -96,6 +97,7 @@ def check_sampling(steps=None,  # network calls a clip; the next three: `None` w
     if origin is not None and (origin < 1 or 1000 % origin):
         raise UserError(f"origin is {origin}: give a divisor of 1000, such as 50 or 200")
     if dtype not in DTYPES: raise UserError(f"dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+    if not 0 <= seed < 2**40: raise UserError(f"seed is {seed}: give 0 to 2^40 - 1")
 
 def named(**given)->None: # name of an option: its value
     "Raise `UserError` for a path that is empty"
@@ -290,8 +292,7 @@ class SampleOptions:
     format:str = "mp4"     # mp4 or gif
 
     def __post_init__(self):
-        check_sampling(self.steps, self.w, self.origin, self.dtype)
-        if not 0 <= self.seed < 2**63: raise UserError(f"seed is {self.seed}: give 0 to 2^63 - 1")
+        check_sampling(self.steps, self.w, self.origin, self.dtype, seed=self.seed)
         if self.format not in ("mp4", "gif"):
             raise UserError(f"format {self.format!r}: give mp4 or gif")
         if self.prompts and not Path(self.prompts).is_file():
@@ -347,7 +348,7 @@ class EvaluateOptions:
     out:str = ""           # a json file for the rows; empty: only print
 
     def __post_init__(self):
-        check_sampling(self.steps, self.w)
+        check_sampling(self.steps, self.w, seed=self.seed)
         at_least(vars(self), repeats=1)
 
 # %% ../nbs/50_cli.ipynb #0d2183dc
@@ -499,7 +500,11 @@ class CacheOptions:
     def __post_init__(self):
         at_least(vars(self), samples=0, batch=1, frames=0, height=0, width=0, fps=0, at_once=0,
                  steps=1)
-        check_sampling(w=self.w, dtype=self.dtype_of_teacher)
+        check_sampling(w=self.w, dtype=self.dtype_of_teacher, seed=self.seed)
+        if self.kind not in (kinds := ("text", "latents", "samples", "pairs")):
+            raise UserError(f"kind {self.kind!r}: give one of {', '.join(kinds)}")
+        if self.dtype not in DTYPES[1:]:
+            raise UserError(f"dtype {self.dtype!r}: give one of {', '.join(DTYPES[1:])}")
         named(out=self.out)
 
 # %% ../nbs/50_cli.ipynb #f225dfc7
@@ -583,7 +588,8 @@ class GenerateOptions:
     batch:int = 4          # clips sampled at a time
 
     def __post_init__(self):
-        check_sampling(self.steps, self.w, self.origin, self.dtype, None if self.teacher else 16)
+        check_sampling(self.steps, self.w, self.origin, self.dtype,
+                       None if self.teacher else 16, self.seed)
         at_least(vars(self), batch=1)
         if not self.prompts: raise UserError("no --prompts: give your copy of the suite's "
                                           "prompts, or the word fetch")
