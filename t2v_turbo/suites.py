@@ -28,6 +28,7 @@ from .core import UserError, atomic, make_gen, pick_device, write_json, write_vi
 from .data import ROWS, probe
 from .pipeline import T2VTurboPipeline, sample_teacher
 from .teachers.base import Teacher
+from .teachers.folders import defaults_of
 
 # %% ../nbs/43_prompts.ipynb #bae9a462
 VIDEOS, FLICKER_VIDEOS = 5, 25    # per prompt, as VBench's prompts/README.md asks for
@@ -149,9 +150,10 @@ def by_student(pipe:T2VTurboPipeline, # on its device
 
 def by_teacher(teacher:Teacher, # on its device
                steps:int=50,    # DDIM steps
-               w:float=4.,      # guidance scale, 0 is none
+               w:float|None=None, # guidance scale, 0 is none; the teacher's own if `None`
               )->Callable:      # prompts and seeds to clips
     "Sample a teacher, each clip from its own seed"
+    w = defaults_of(teacher).guidance if w is None else w
     return lambda prompts, seeds: torch.cat([
         sample_teacher(teacher, [p], make_gen(s), steps, w) for p, s in zip(prompts, seeds)])
 

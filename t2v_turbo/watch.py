@@ -28,6 +28,7 @@ from .base import at_least
 from .checkpoints import CannotSave
 from .core import UserError, atomic, step_gen, strip
 from .data import read_prompts
+from .distill import video_frames_of
 from .evaluate import (high_frequency, judge, judge_score, load_judges, motion_amount,
                                 saturation)
 from .pipeline import sample_student
@@ -144,12 +145,13 @@ class Watcher:
 @patch
 def _trained(self:Watcher, world):
     "Name: (reward, frames it sees) of the rewards in the loss, or else of the tiny world's"
-    model, o = self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.cfg.objective
+    model = self.trainer.accelerator.unwrap_model(self.trainer.model)
     image, video = model.image_reward, model.video_reward
     device = self.trainer.accelerator.device
     if world: image, video = (r or load_reward(f"tiny-{n}").to(device)
                               for r, n in ((image, "image"), (video, "video")))
-    return {n: (r, f) for n, r, f in (("r_img", image, 1), ("r_vid", video, o.video_frames))
+    n = video_frames_of(self.trainer.cfg.objective, video)
+    return {n: (r, f) for n, r, f in (("r_img", image, 1), ("r_vid", video, n))
             if r is not None}
 
 @patch

@@ -52,6 +52,7 @@ def tokenize(tokenizer,         # any `transformers` tokenizer
 # %% ../../nbs/10_teachers.ipynb #6847d90c
 class Teacher(nn.Module):
     "A text-to-video diffusion model as the recipe sees it; clips and latents are `(b c t h w)`"
+    window:int = 0 # frames of a clip that the rewards of one step lie within; 0: anywhere in it
     if TYPE_CHECKING: # written below, or called as other classes are
         denoiser:Any; vae:Any; text_encoder:Any; latent_shape:tuple; video_shape:tuple
         latent_mean:Tensor; latent_std:Tensor; device:torch.device
