@@ -1,5 +1,6 @@
 "What the package asks for, and what that does to an environment that has older versions: Colab's, and the one that runs this test"
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,18 @@ def test_pip_keeps_every_pin_of_colab():
     pins = {n.lower().replace("-", "_"): v for n, v in PINS.items()}
     assert {n: v for n, v in got.items() if n in pins and v.split("+")[0] != pins[n]} == {}
     assert {"t2v_turbo", "torch", "numpy", "pillow", "ipywidgets", *PARTNERS} <= got.keys()
+
+
+@core
+def test_the_table_of_the_docs_is_what_is_tested():
+    "Floors of settings.ini, the pins of Colab's list, and a newest column that is above both"
+    md = "".join("".join(c["source"]) for c in json.loads((ROOT / "nbs/tutorials/environments.ipynb").read_text(encoding="utf-8"))["cells"])
+    rows = {r[0]: r[1:] for r in re.findall(r"^\| ([\w]+) \| ([\d.]+) \| ([\d.]+|—) \| ([\d.]+) \|$", md, flags=re.M)}
+    assert rows.pop("Python") == tuple(environments.PYTHONS[n] for n in ("floors", "colab", "newest"))
+    assert {n: (f, c) for n, (f, c, _) in rows.items()} == {n: (f, PINS.get(n, "—")) for n, f in environments.requirements().items()}
+    assert all(Version(new) >= Version(f) for f, _, new in rows.values())
+    assert f"Colab, {environments.COLAB.stem.removeprefix('colab-')}" in md and environments.COLAB.name in md
+    assert set(environments.ini()["py_versions"].split()) == {*environments.PYTHONS.values()}                       # classifiers only for what ran
 
 
 @pytest.mark.parametrize("after, lines", [({}, 0), (dict(numpy="2.5.5"), 1), (dict(torch=None), 1), (dict(torchao=None), 0), (dict(torchao="0.17"), 1),

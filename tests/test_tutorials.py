@@ -19,15 +19,13 @@ import warnings
 import zipfile
 from pathlib import Path
 
+import hub
 import pytest
 import torch
 
 from t2v_turbo import cli
 from t2v_turbo.core import make_gen, write_video
-from t2v_turbo.teachers.folders import tiny_modelscope
-from t2v_turbo.teachers.published import layer_shapes, load_unet, with_w_projection
 from t2v_turbo.teachers.videocrafter2 import PREFIXES, tiny_videocrafter2
-from t2v_turbo.teachers.wan import save_wan, tiny_wan
 from t2v_turbo.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +143,7 @@ def changed(words, options):
     words = list(words)
     for name, value in options.items():
         at = words.index(f"--{name}") if f"--{name}" in words else len(words)
-        words[at:at + 2] = [f"--{name}", str(value)] if str(value) else []
+        words[at:at + 2] = [f"--{name}", str(value)] if str(value) or name == "track" else []
     return words
 
 
@@ -160,6 +158,7 @@ def paste(command, folder, env=(), **options):
             assert cli.main(words[1:]) == 0, f"{command}\n{err.getvalue()[-3000:]}"
         return
     if words[:2] == ["accelerate", "launch"]: words[:2] = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
+    if words[0] == "hf": words[0] = str(Path(sys.executable).with_name("hf"))
     if words[0] == "torchrun": words[:1] = [sys.executable, "-m", "torch.distributed.run", "--master_port", "0"]
     run = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500,
                          env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1") | dict(env))
@@ -174,7 +173,7 @@ def on(page, start, kinds=("block", "cell")):
 
 
 # What a small machine replaces. The rewards of the paper exist at full size only; everything else is a smaller number.
-SMALL = dict(steps=2, batch=2, rank=2, track="")
+SMALL = dict(steps=2, batch=2, rank=2, repeats=1, track="")
 REAL = dict(steps=1, batch=2, accumulate="", reward="tiny-image,tiny-video", vocabulary="", dtype="float32", save_memory="", track="")
 
 
@@ -186,15 +185,6 @@ def clips(folder, frames=33):
         (folder / f"{i}.txt").write_text(caption)
 
 
-def lora_list(unet, base, rank=8):
-    "Random tensors in the layout of a published LoRA list"
-    gen, out = make_gen(1), []
-    for o, i, *k in layer_shapes(with_w_projection(unet), base).values():
-        r = min(rank, o, i)
-        out += [.1*torch.randn(o, r, *[1]*len(k), generator=gen), torch.randn(r, i, *k, generator=gen)/r]
-    return out
-
-
 def vocabulary(path):
     "A wheel that holds a vocabulary, in the place of open_clip_torch's"
     with zipfile.ZipFile(path, "w") as z:
@@ -204,30 +194,25 @@ def vocabulary(path):
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    "`{repository: folder}` with small random weights under the published names"
+    "The repositories of tests/hub.py, and what the tutorials fetch besides"
     tmp = tmp_path_factory.mktemp("published")
-    at = {n: tmp / n for n in ("ali-vilab/text-to-video-ms-1.7b", "VideoCrafter/VideoCrafter2", "jiachenli-ucsb/T2V-Turbo-VC2", "jiachenli-ucsb/T2V-Turbo-VC2-Merged",
-                               "jiachenli-ucsb/T2V-Turbo-MS", "jiachenli-ucsb/T2V-Turbo-v2-no-MG", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "xswu/HPSv2", "OpenGVLab/ViCLIP",
-                               "OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "google-bert/bert-large-uncased")}
-    for p in at.values(): p.mkdir(parents=True, exist_ok=True)
-    tiny_modelscope(at["ali-vilab/text-to-video-ms-1.7b"])
-    save_wan(tiny_wan(), at["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"])
+    folder = hub.repositories(tmp / "repos")
     state = tiny_videocrafter2()
-    torch.save(dict(state_dict=state), at["VideoCrafter/VideoCrafter2"] / "model.ckpt")
+    net = {k.removeprefix(PREFIXES["unet"]): v for k, v in state.items() if k.startswith(PREFIXES["unet"])}
+    unet = tmp / "vc2"
     vocabulary(tmp / "words.whl")
     with contextlib.redirect_stdout(io.StringIO()):
-        assert cli.main(f"convert videocrafter2 {at['VideoCrafter/VideoCrafter2']}/model.ckpt {tmp}/vc2 --fps 16 --vocabulary {tmp}/words.whl".split()) == 0
-    torch.save(lora_list(load_unet(tmp / "vc2"), "vc2"), at["jiachenli-ucsb/T2V-Turbo-VC2"] / "unet_lora.pt")
-    torch.save(lora_list(load_unet(at["ali-vilab/text-to-video-ms-1.7b"]), "ms"), at["jiachenli-ucsb/T2V-Turbo-MS"] / "unet_lora.pt")
-    net = {k.removeprefix(PREFIXES["unet"]): v for k, v in state.items() if k.startswith(PREFIXES["unet"])}
-    net["time_cond_proj.weight"] = .1*torch.randn(32, 256, generator=make_gen(2))
-    torch.save(net, at["jiachenli-ucsb/T2V-Turbo-VC2-Merged"] / "t2v_turbo_vc2.pt")
-    torch.save(net, at["jiachenli-ucsb/T2V-Turbo-v2-no-MG"] / "unet_no_mg.pt")
-    for repo, names in {"xswu/HPSv2": ["HPS_v2.1_compressed.pt"], "OpenGVLab/ViCLIP": ["ViClip-InternVid-10M-FLT.pth"],
-                        "OpenGVLab/InternVideo2-Stage2_1B-224p-f4": ["InternVideo2-stage2_1b-224p-f4.pt"],
-                        "google-bert/bert-large-uncased": ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]}.items():
-        for n in names: (at[repo] / n).write_bytes(b"{}")
-    return at
+        assert cli.main(f"convert videocrafter2 {folder}/VideoCrafter/VideoCrafter2/model.ckpt {unet} --fps 16 --vocabulary {tmp}/words.whl".split()) == 0
+    merged = net | {"time_cond_proj.weight": .1*torch.randn(32, 256, generator=make_gen(2))}
+    for name, what in {"T2V-Turbo-VC2/unet_lora.pt": hub.lora_list(unet, "vc2"), "T2V-Turbo-VC2-Merged/t2v_turbo_vc2.pt": merged,
+                       "T2V-Turbo-v2-no-MG/unet_no_mg.pt": merged}.items():
+        (folder / "jiachenli-ucsb" / name).parent.mkdir(parents=True)
+        torch.save(what, folder / "jiachenli-ucsb" / name)
+    for name in ("OpenGVLab/InternVideo2-Stage2_1B-224p-f4/InternVideo2-stage2_1b-224p-f4.pt",
+                 *(f"google-bert/bert-large-uncased/{n}" for n in ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"{}")                           # only fetched: the tiny rewards take their places
+    return folder
 
 
 def smaller(folder):
@@ -241,11 +226,61 @@ def report_of(folder):
     assert (folder / "report.html").is_file() and (folder / "student/student.json").is_file()
 
 
-def test_the_readme(tmp_path):
-    "Its main job, alone and as its launcher starts it on two processes; what differs from the page is the length and the number of processes"
-    paste(on("index", "t2v-turbo distill", ["block"]), tmp_path, **SMALL)
+def test_the_main_job(tmp_path):
+    "Alone, and behind the README's launcher on two processes: only its length, its judging and the number of processes differ from the page"
+    paste(on("distil_tiny", "t2v-turbo distill --steps"), tmp_path, **SMALL)
     report_of(tmp_path / "runs/turbo")
-    paste(on("distil_tiny", "t2v-turbo distill --steps"), tmp_path, **SMALL | dict(out="runs/second"))
     launcher = on("index", "accelerate launch", ["text"]).replace("--num_processes 8", "--num_processes 2")
     paste(launcher, tmp_path, **SMALL | dict(out="runs/two"))
     report_of(tmp_path / "runs/two")
+
+
+def download(page, folder, published):
+    "All that a page fetches, by its own lines, with an empty cache"
+    fetched = [c for p, k, c in COMMANDS if p == page and c.startswith("hf download ")]
+    assert fetched
+    with hub.serve(published) as server:
+        for c in fetched: paste(c, folder, hub.environment(server, folder / "cache", HF_HUB_OFFLINE="0"))
+    vocabulary(folder / "open_clip_torch-0-py3-none-any.whl")
+
+
+def run_page(page, folder, starts, **options):
+    "Commands of a page in their order; each with the options that it has and that a small machine replaces"
+    for c in [c for p, k, c in COMMANDS if p == page and k == "cell" and c.startswith(starts)]:
+        has = set(re.findall(r"--(\w+)", c))
+        mine = {k: v for k, v in (options | (dict(track="") if " distill " in c else {})).items() if k in has or k == "track"}
+        paste(c.replace("--num_processes 8", "--num_processes 2"), folder, **mine)
+
+
+def test_modelscope_on_one_gpu(tmp_path, published):
+    download("modelscope_one_gpu", tmp_path, published)
+    (tmp_path / "prompts.txt").write_text("a panda dances\na red car in the rain\nwaves at dusk\na cat looks up\n")
+    run_page("modelscope_one_gpu", tmp_path, "t2v-turbo cache", samples=4, steps=2)
+    run_page("modelscope_one_gpu", tmp_path, ("t2v-turbo distill", "t2v-turbo sample --student"), **REAL | dict(accumulate=2))
+    assert (tmp_path / "runs/ms/student/student.json").is_file() and len(list((tmp_path / "videos").iterdir())) == 1
+
+
+def test_videocrafter2_on_two_processes(tmp_path, published):
+    page = "videocrafter2_eight_gpus"
+    download(page, tmp_path, published)
+    clips(tmp_path / "clips")
+    run_page(page, tmp_path, "t2v-turbo convert")
+    smaller(tmp_path / "videocrafter2")
+    run_page(page, tmp_path, "accelerate launch", **REAL)
+    run_page(page, tmp_path, "t2v-turbo sample", dtype="float32")
+    assert (tmp_path / "runs/vc2/student/student.json").is_file() and len(list((tmp_path / "videos").iterdir())) == 1
+    (tmp_path / "VBench_full_info.json").write_text(json.dumps([dict(prompt_en="a panda dances", dimension=["color"])]))
+    paste(on("evaluate_vbench", "t2v-turbo generate", ["block"]), tmp_path)
+    assert len(list((tmp_path / "vbench/mine/videos").iterdir())) == 5
+
+
+def test_the_real_teachers(tmp_path, published):
+    page = "real_teachers"
+    download(page, tmp_path, published)
+    clips(tmp_path / "clips")
+    run_page(page, tmp_path, "t2v-turbo convert videocrafter2")
+    smaller(tmp_path / "videocrafter2")
+    run_page(page, tmp_path, "t2v-turbo convert lora"), run_page(page, tmp_path, "t2v-turbo convert merged")
+    run_page(page, tmp_path, "t2v-turbo distill", **REAL | dict(frames=33, height=32, width=32))
+    run_page(page, tmp_path, "t2v-turbo sample", dtype="float32")
+    assert len(list((tmp_path / "videos").iterdir())) == 7
