@@ -174,7 +174,7 @@ def on(page, start, kinds=("block", "cell")):
 
 # What a small machine replaces. The rewards of the paper exist at full size only; everything else is a smaller number.
 SMALL = dict(steps=2, batch=2, rank=2, repeats=1, track="")
-REAL = dict(steps=1, batch=2, accumulate="", reward="tiny-image,tiny-video", vocabulary="", dtype="float32", save_memory="", track="")
+REAL = dict(steps=1, batch=2, accumulate="", reward="tiny-image,tiny-video", vocabulary="", dtype="float32", save_memory="")
 
 
 def clips(folder, frames=33):
