@@ -11,8 +11,6 @@ cfg = ini["DEFAULT"]
 lib = cfg["lib_name"]
 weights = here / lib / "weights"
 
-py_versions = "3.11 3.12 3.13 3.14".split()
-py_versions = py_versions[py_versions.index(cfg["min_python"]):]
 statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable",
             "6 - Mature", "7 - Inactive"]
 licenses = {"apache2": "Apache-2.0"}
@@ -34,7 +32,7 @@ setup(
     classifiers=[f"Development Status :: {statuses[int(cfg['status']) - 1]}",
                  f"Intended Audience :: {cfg['audience']}",
                  f"Natural Language :: {cfg['language']}"]
-                + [f"Programming Language :: Python :: {v}" for v in py_versions[:1]],
+                + [f"Programming Language :: Python :: {v}" for v in cfg["py_versions"].split()],
     # Folders of data count as packages: setuptools wants every folder that it installs named.
     packages=find_namespace_packages(include=[lib, f"{lib}.*"], exclude=["*.__pycache__"]),
     include_package_data=False,

@@ -10,6 +10,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# The suite's core, beside what is marked where it stands (the notebooks of the method): runs in every environment of tools/environments.py.
+CORE = """caches cli clip_rewards colab_cell data faults folders golden hub memory oracle pipeline plan precision published rewards
+sampling teachers train train_step tutorials video_rewards videos wan world""".split()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in CORE: item.add_marker(pytest.mark.core)
+
 
 @pytest.fixture(scope="session")
 def clip_vocabulary(tmp_path_factory):

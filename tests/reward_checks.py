@@ -3,6 +3,7 @@ import math
 import warnings
 from functools import partial
 import torch
+import transformers
 from torch import nn
 from t2v_turbo.core import make_gen
 from t2v_turbo.rewards import clip, internvideo2 as iv2, tiny, videoprism as prism, viclip
@@ -55,13 +56,16 @@ def viclip_reward(): return viclip.viclip_model(
 def internvideo2(): return iv2.internvideo2_model(iv2.tiny_internvideo2(), tokenizer=Bert(), **iv2.TINY)
 
 
+PRISM = hasattr(transformers, "VideoPrismTokenizer")                 # from 5.13 on
+
+
 def videoprism(save_memory=False):
     return prism.VideoPrism(prism.PRISM_L, prism.tiny_videoprism(), Prism(), save_memory)
 
 
 IMAGE = dict(hpsv2=clip_reward("letterbox"), clipscore=clip_reward("squash"),
              crop=clip_reward("crop"), aesthetic=aesthetic, imagereward=imagereward)
-VIDEO = dict(viclip=viclip_reward, internvideo2=internvideo2, videoprism=videoprism)
+VIDEO = dict(viclip=viclip_reward, internvideo2=internvideo2, **(dict(videoprism=videoprism) if PRISM else {}))
 TINY = {name: partial(tiny.load_reward, name) for name in tiny.REWARD_KINDS}     # the shipped weights
 ALL = IMAGE | VIDEO | TINY
 

@@ -3,9 +3,9 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-from nbdev.test import test_nb as run_nb
+import yaml
+from notebooks import run_notebook
 
-run_nb.__test__ = False
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 
@@ -19,10 +19,28 @@ ini = ConfigParser(delimiters=["="])
 ini.read(ROOT / "settings.ini", encoding="utf-8")
 flags = ini["DEFAULT"]["tst_flags"].split()
 notebooks = sorted(filter(wanted, NBS.rglob("*.ipynb")))
+sections = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+METHOD, = (s["contents"] for s in sections if s["section"] == "The method, in order")
 
 
-@pytest.mark.parametrize("nb", notebooks, ids=lambda p: p.relative_to(NBS).as_posix())
+def case(p):
+    "The notebooks of the method are part of the suite's core"
+    name = p.relative_to(NBS).as_posix()
+    return pytest.param(p, id=name, marks=[pytest.mark.core] if name in METHOD else [])
+
+
+@pytest.mark.parametrize("nb", [case(p) for p in notebooks])
 def test_notebook(nb, monkeypatch):
-    monkeypatch.setenv("IN_TEST", "1")  # run_nb sets it and never unsets it
-    ok, _ = run_nb(nb, skip_flags=flags, basepath=ROOT)
-    assert ok, f"{nb.name} fails; its traceback is above"
+    monkeypatch.setenv("IN_TEST", "1")  # nbdev's own cells ask for it
+    failed = run_notebook(nb, flags, ROOT)
+    assert failed is None, f"cell {failed} of {nb.name} fails; its traceback is above"
+
+
+@pytest.mark.parametrize("bad, cell", [("1/0", 1), ("raise SystemExit('no')", 1), ("x = (", 1), ("x = 2", None)])
+def test_a_cell_that_fails_is_found(tmp_path, bad, cell):
+    "The runner itself: text, flags and what a broken cell gives"
+    import json
+    sources = ["#| slow\n1/0", bad, "assert __import__('os').getcwd() == " + repr(str(tmp_path)), "get_ipython().system('true')", "%time y = 1"]
+    cells = [dict(cell_type="markdown", source="1/0")] + [dict(cell_type="code", source=[s]) for s in sources[1:]]
+    (tmp_path / "a.ipynb").write_text(json.dumps(dict(cells=[*cells, dict(cell_type="code", source=sources[0])])))
+    assert run_notebook(tmp_path / "a.ipynb", ["slow"], ROOT) == cell

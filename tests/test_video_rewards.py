@@ -3,12 +3,14 @@
 import pytest
 import reward_checks as rc
 import torch
-from transformers import BertTokenizer, VideoPrismTokenizer
+import transformers
+from transformers import BertTokenizer
 
 from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.rewards import clip, internvideo2 as iv2, names, videoprism as prism, viclip
 
 each = pytest.mark.parametrize("name", rc.VIDEO)
+needs_prism = pytest.mark.skipif(not rc.PRISM, reason="transformers has VideoPrism since 5.13")
 each_and_tiny = pytest.mark.parametrize("name", [*rc.VIDEO, "tiny-video"])
 
 
@@ -279,6 +281,7 @@ def test_internvideo2_file(tmp_path, monkeypatch):
 
 # --- VideoPrism ----------------------------------------------------------------------------------
 
+@needs_prism
 @pytest.mark.parametrize("large,millions,frames", [(False, 248, 16), (True, 580, 8)])
 def test_videoprism_full_size(large, millions, frames):
     with torch.device("meta"): rm = prism.videoprism_full(large)
@@ -286,9 +289,10 @@ def test_videoprism_full_size(large, millions, frames):
     assert (rm.facts.frames, rm.facts.size, rm.facts.tokens) == (frames, 288, 64)
 
 
+@needs_prism
 def test_videoprism_folder(tmp_path):
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{w}" for w in rc.WORDS)]
-    words = VideoPrismTokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], model_max_length=64)
+    words = transformers.VideoPrismTokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], model_max_length=64)
     prism.tiny_videoprism(frames=8).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no tokenizer"): prism.videoprism(tmp_path, facts=prism.PRISM_L)
     words.save_pretrained(tmp_path)
@@ -299,6 +303,7 @@ def test_videoprism_folder(tmp_path):
     with pytest.raises(UserError, match="videoprism-large"): prism.videoprism(tmp_path/"other", facts=prism.PRISM_L)
 
 
+@needs_prism
 @torch.no_grad()
 def test_videoprism_masks_the_padding():
     rm = rc.build("videoprism")
