@@ -215,7 +215,8 @@ def sample(o:SampleOptions=SampleOptions(), # what to sample
     if o.offload and device.type != "cpu": pipe.enable_model_cpu_offload(device=device)
     else: pipe.to(device)
     for i, p in enumerate(prompts):      # a seed for each: more prompts change no video
-        clip = pipe(p, o.steps, o.w, generator=make_gen(o.seed + i), origin_steps=o.origin)
+        clip = pipe(p, o.steps, o.w, generator=make_gen(o.seed + i), origin_steps=o.origin,
+                    output_type="pt")
         clip = clip.frames[0].transpose(0, 1)
         name = "-".join("".join(c if c.isalnum() else " " for c in p).split())[:60] or "clip"
         paths.append(Path(o.out) / f"{i:03d}-{name}.{o.format}")

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, ContextManager
@@ -55,7 +56,7 @@ def steps_of(sampling:dict, # of a student
     steps = sampling["steps"] if steps is None else steps
     origin = sampling["origin"] if origin is None else origin
     for n, v, most in (("num_inference_steps", steps, 16), ("origin_steps", origin, 1000)):
-        if not isinstance(v, int) or not 1 <= v <= most:
+        if not isinstance(v, Integral) or not 1 <= v <= most:
             raise UserError(f"{n} is {v!r}: give 1 to {most}")
     if steps > origin: raise UserError(f"num_inference_steps is {steps}, but the grid that the "
                                        f"student was trained on has {origin} timesteps: give 1 to "
@@ -218,7 +219,7 @@ def fingerprints_of(meta:dict, # what `student.json` says
     return meta.get("fingerprints") or dict(float32=meta["fingerprint"])
 
 def student_inside(folder:Path, # that holds no student itself
-                  )->str:       # the end of an error: where the students are, or what to give
+                  )->str:       # the end of an error, empty if there is none
     "Name the students in a folder, beside it, or around a file"
     found = [p.parent for at in ("*/student.json", "*/*/student.json")
              for p in sorted(folder.glob(at))]
@@ -227,7 +228,7 @@ def student_inside(folder:Path, # that holds no student itself
     if found: return "give " + " or ".join(repr(str(p)) for p in found[:3])
     if (folder / "model_index.json").is_file():
         return "it is a whole model, for T2VTurboPipeline.from_pretrained or --teacher"
-    return "give the folder `student` of a run"
+    return ""
 
 # %% ../nbs/30_student.ipynb #e42ef07a
 _TOLD = dict(teacher=str, rank=int, options=dict, fingerprints=dict, fingerprint=str, sampling=dict,
@@ -259,8 +260,9 @@ def read_student(folder:str|Path, # written by `Student.save`
                 )->tuple: # student.json, LoraConfig, and what `_read_sampling` found
     "The settings of a saved student, checked; no weights are read"
     folder = Path(folder); path = folder / "student.json"
-    if not path.is_file(): raise UserError(f"no student in {str(folder)!r}: there is no "
-                                           f"student.json; {student_inside(folder)}")
+    if not path.is_file():
+        near = student_inside(folder) or "give the folder `student` of a run"
+        raise UserError(f"no student in {str(folder)!r}: there is no student.json; {near}")
     again = "another copy, or save the student again by going on with its run"
     try: meta, raw = read_object(path, again), read_object(folder / "adapter_config.json", again)
     except UserError as e: raise UserError(f"the student in {str(folder)!r} is damaged: {e}") from None

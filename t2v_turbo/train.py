@@ -37,7 +37,7 @@ from .core import UserError, atomic, make_gen, pick_device, write_json
 from .distill import Distillation, Objective, StepOut, draw
 from .rewards.names import options_of, parse_reward, rewards_from
 from .streams import Prefetch, open_source
-from .student import Student, whole
+from .student import Student, sampling_of, whole
 from .teachers.base import same_teacher
 from .teachers.folders import load_teacher
 from .teachers.memory import (OPTIMIZERS, PARTS, compile_denoiser, make_optimizer,
@@ -132,6 +132,7 @@ class Trainer:
             teacher.text_encoder = nn.Module()
             teacher.encode_text = lambda prompts: self.texts(prompts).to(teacher.device)
         self.student = Student(teacher, cfg.rank, cfg.seed)
+        self.student.sampling = sampling_of(cfg.objective, teacher)
         model = self._model(image_reward, video_reward)
         if saved := savings_of(cfg.save_memory):
             save_memory(teacher, "denoiser" in saved, int("decode" in saved))
