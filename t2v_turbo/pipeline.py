@@ -27,8 +27,8 @@ from .base import at_least
 from .consistency import consistency_fn, few_step_sample, w_embedding
 from .core import UserError, as_dtype, check_finite
 from .solver import DDIM, ddim_sample
-from .student import (Student, content_id, guidance_of, load_student, sampling_of,
-                               steps_of, student_inside)
+from .student import (Student, content_id, guidance_of, load_merged, sampling_of, steps_of,
+                               student_inside)
 from .teachers.base import Teacher, check_size, load_part, read_object
 from .teachers.folders import (ScaledSchedule, check_whole, load_teacher, local_folder,
                                         teacher_class)
@@ -372,8 +372,8 @@ def from_pretrained(cls,
     refuse = lambda kind, *known: refuse_options(f"from_pretrained of {kind}", given, _LOAD, known)
     if (at / "student.json").is_file():
         refuse("a student", "dtype", *_SIZES)
-        student = load_student(at, dtype=dtype, **_some(given))
-        return cls._of(student.teacher, student.merge(), student.sampling)
+        student = load_merged(at, dtype, **_some(given))
+        return cls._of(student.teacher, student.teacher.denoiser, student.sampling)
     if not (at / "model_index.json").is_file():
         near = student_inside(at) or "give a folder written by `distill` or by save_pretrained"
         raise UserError(f"{str(at)!r} holds neither student.json nor model_index.json: {near}")

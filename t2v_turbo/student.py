@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['guidance_of', 'sampling_of', 'steps_of', 'WProjection', 'Student', 'whole', 'read_tensors', 'fingerprints_of',
-           'student_inside', 'read_student', 'load_student', 'content_id']
+           'student_inside', 'read_student', 'load_student', 'load_merged', 'content_id']
 
 # %% ../nbs/30_student.ipynb #21f65617
 import copy
 import hashlib
 import json
+import re
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from .consistency import consistency_fn, few_step_grid, w_embedding
 from .core import UserError, write_json
 from .teachers.base import (PEFT, Teacher, differences, read_object, same_teacher,
-                                    save_adapters, tensors_in)
+                                    save_adapters, shapes_in, tensors_in)
 from .teachers.folders import load_teacher
 from .teachers.wan import FlowTeacher, WanTeacher
 
@@ -81,7 +82,9 @@ class Student(nn.Module):
         def trainable(self)->dict: ...
         def as_teacher(self)->ContextManager[Teacher]: ...
         def merged(self)->nn.Module: ...
-        def merge(self)->nn.Module: ...
+        def places(self)->dict: ...
+        def check_tensors(self, shapes:dict)->dict: ...
+        def merge_from(self, path:str|Path)->nn.Module: ...
         def tensors(self)->dict: ...
         def fingerprint(self)->str: ...
         def save(self, folder:str|Path, about:dict|None=None, tensors:dict|None=None)->None: ...
@@ -92,7 +95,7 @@ class Student(nn.Module):
                  rank:int=16,     # LoRA rank
                  seed:int=0,      # of LoRA's random half
                  config:PeftConfig|None=None, # default: all of `lora_targets`, at `rank`
-                 state:dict|None=None, # tensors to begin with, see `load_tensors`; default: new ones
+                 empty:bool=False, # LoRA takes no memory yet: `load_tensors` or `merge_from` is next
                 ):
         super().__init__()
         if rank < 1: raise UserError(f"LoRA rank {rank} is not positive: give 1 or more")
@@ -106,10 +109,9 @@ class Student(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(self.config, teacher.denoiser, "default",
-                                    low_cpu_mem_usage=state is not None) # then without memory
+                                    low_cpu_mem_usage=empty)
         self.w_projection.requires_grad_(True).__class__ = WProjection
         cast_training_params(teacher.denoiser)   # to float32, whatever the teacher is held in
-        if state is not None: self.load_tensors(state)
 
 # %% ../nbs/30_student.ipynb #ba4d3a94
 @patch(as_prop=True)
@@ -146,13 +148,16 @@ def forward(self:Student,
     return consistency_fn(zt, x0, t)
 
 # %% ../nbs/30_student.ipynb #c4a77a95
+def _fold_layer(net, name):
+    "Fold the LoRA of one layer into its weight, in place"
+    m, (parent, _, child) = net.get_submodule(name), name.rpartition(".")
+    m.merge()                                      # added in float32, then rounded once
+    setattr(net.get_submodule(parent), child, m.get_base_layer())
+
 def _fold(net):
-    "Fold LoRA into the weights in place, layer by layer, and leave no trace of `peft`"
+    "Fold all LoRA into the weights, and leave no trace of `peft`"
     for name, m in list(net.named_modules()):
-        if not isinstance(m, BaseTunerLayer): continue
-        m.merge()                                  # added in float32, then rounded once
-        parent, _, child = name.rpartition(".")
-        setattr(net.get_submodule(parent), child, m.get_base_layer())
+        if isinstance(m, BaseTunerLayer): _fold_layer(net, name)
     proj = next(m for m in net.modules() if isinstance(m, WProjection))
     proj.to(net.dtype).__class__ = nn.Linear
     if hasattr(net, "_hf_peft_config_loaded"): net._hf_peft_config_loaded = False
@@ -163,11 +168,6 @@ def _fold(net):
 def merged(self:Student)->nn.Module: # a copy of the denoiser; the student stays as it is
     "The denoiser with LoRA folded in"
     return _fold(copy.deepcopy(self.teacher.denoiser))
-
-@patch
-def merge(self:Student)->nn.Module: # the denoiser itself; the student is used up
-    "Fold LoRA into the denoiser without a copy"
-    return _fold(self.teacher.denoiser)
 
 # %% ../nbs/30_student.ipynb #bbb34d05
 def whole(p:Tensor, # any shape `(...)`, perhaps cut up by FSDP2 or ZeRO-3: then all have to ask
@@ -206,9 +206,12 @@ def save(self:Student,
 def read_tensors(path:str|Path, # a safetensors file
                 )->dict:    # name in the denoiser: tensor, without PEFT's prefix
     "The tensors of a file, with one clear sentence if it is missing or cut off"
+    return _reading(path, lambda p: {n.removeprefix(PEFT): v for n, v in tensors_in(p)})
+
+def _reading(path, read):
     if not Path(path).is_file():
         raise UserError(f"no file {str(path)!r}: give a folder that was saved whole")
-    try: return {n.removeprefix(PEFT): v for n, v in tensors_in(path)}
+    try: return read(path)
     except Exception as e:
         raise UserError(f"{str(path)!r} cannot be read as safetensors ({e}): it is truncated or "
                         "not a checkpoint; take an earlier one") from None
@@ -297,15 +300,11 @@ def _check_teacher(folder, his, teacher):
         raise UserError(f"the student in {str(folder)!r} belongs to another teacher (fingerprints "
                         f"{his}, but {teacher.name!r} has {mine})")
 
-def load_student(folder:str|Path,      # written by `Student.save`
-                 teacher:Teacher|None=None, # its teacher, if it is already loaded
-                 dtype:torch.dtype=torch.float32, # of a teacher that is not yet
-                 **options,            # `frames`, `size`, `fps` of that teacher
-                )->Student:
-    "A saved student on its teacher; refused if the teacher is another one"
+def _empty_student(folder, teacher, dtype, options):
+    "A saved student on its teacher, all checked, but its LoRA is still to be read"
     meta, config, (told, objective) = read_student(folder)
     path = Path(folder) / "adapter_model.safetensors"
-    his, state = fingerprints_of(meta), read_tensors(path)
+    his, shapes = fingerprints_of(meta), _reading(path, shapes_in)
     if teacher is None:
         own = str(dtype).removeprefix("torch.")
         if own != "float32" and own not in his:        # then it is recognised in its own
@@ -314,7 +313,9 @@ def load_student(folder:str|Path,      # written by `Student.save`
         teacher = _teacher_for(meta, dtype, options)
     if his: _check_teacher(folder, his, teacher)
     _refuse_twice(teacher)
-    try: student = Student(teacher, meta["rank"], config=config, state=state)
+    try:
+        student = Student(teacher, meta["rank"], config=config, empty=True)
+        student.check_tensors({n.removeprefix(PEFT): v for n, v in shapes.items()})
     except (UserError, ValueError, TypeError, RuntimeError) as e:
         raise UserError(f"the student in {str(folder)!r} is damaged: adapter_config.json and "
                         f"{path.name} do not belong together ({str(e)[:300]}); take another "
@@ -322,29 +323,85 @@ def load_student(folder:str|Path,      # written by `Student.save`
     student.sampling = sampling_of(objective, teacher) | told
     if options.get("fps"): student.sampling["fps"] = teacher.fps
     steps_of(student.sampling)                         # refuses what nobody can sample
+    return student, path
+
+def load_student(folder:str|Path,      # written by `Student.save`
+                 teacher:Teacher|None=None, # its teacher, if it is already loaded
+                 dtype:torch.dtype=torch.float32, # of a teacher that is not yet
+                 **options,            # `frames`, `size`, `fps` of that teacher
+                )->Student:
+    "A saved student on its teacher; refused if the teacher is another one"
+    student, path = _empty_student(folder, teacher, dtype, options)
+    student.load_tensors(read_tensors(path))
+    return student
+
+def load_merged(folder:str|Path, # written by `Student.save`
+                dtype:torch.dtype=torch.float32, # of all weights
+                **options,       # `frames`, `size`, `fps` of the teacher
+               )->Student:       # used up: its denoiser is the merged one
+    "A saved student for sampling; memory for its weights in `dtype`, and hardly more"
+    student, path = _empty_student(folder, None, dtype, options)
+    student.merge_from(path)
     return student
 
 # %% ../nbs/30_student.ipynb #5603231d
+@patch
+def places(self:Student)->dict: # name in a saved folder: name of the parameter
+    "Where the tensors that `save` writes belong"
+    mine = self.trainable()
+    name = {id(p): n for n, p in mine.items()}
+    found = get_peft_model_state_dict(self.teacher.denoiser, state_dict=mine)
+    return {k: name[id(p)] for k, p in found.items()} | {n: n for n in mine if "cond_proj" in n}
+
+@patch
+def check_tensors(self:Student,
+                  shapes:dict, # name: shape, as in a saved folder
+                 )->dict:      # name: name of the parameter
+    "Refuse tensors that do not fit; those of the layers below LoRA are allowed, too"
+    at = self.places() | {n: n for n in shapes if ".base_layer." in n}
+    own = {n: tuple(p.shape) for n, p in self.teacher.denoiser.named_parameters()}
+    wrong = [f"{k} is {shapes[k]}, not {own[n]}" for k, n in at.items()
+             if k in shapes and n in own and own[n] != tuple(shapes[k])]
+    if told := differences(missing=at.keys() - shapes.keys(),
+                           unknown=(shapes.keys() - at.keys()) | {k for k in at if at[k] not in own},
+                           of_another_shape=wrong):
+        raise UserError(f"these are not the tensors of this student: {told}")
+    return at
+
 @patch
 def load_tensors(self:Student,
                  state:dict, # as `save` writes them
                 )->None:
     "Take over LoRA and w-projection; every tensor must have its place and its shape"
-    net, mine = self.teacher.denoiser, self.trainable()
-    whole = {n: v for n, v in state.items() if "cond_proj" in n or ".base_layer." in n}
-    lora = {n: v.float() for n, v in state.items() if n not in whole}
-    want = get_peft_model_state_dict(net, state_dict=mine)
-    want |= {n: p for n, p in mine.items() if "cond_proj" in n}
-    want |= {n: p for n, p in net.named_parameters() if n in whole}
-    wrong = {n: f"{n} is {tuple(state[n].shape)}, not {tuple(p.shape)}"
-             for n, p in want.items() if n in state and p.shape != state[n].shape}
-    if told := differences(missing=want.keys() - state.keys(), unknown=state.keys() - want.keys(),
-                           of_another_shape=wrong.values()):
-        raise UserError(f"these are not the tensors of this student: {told}")
-    set_peft_model_state_dict(net, lora, low_cpu_mem_usage=any(p.is_meta for p in mine.values()))
+    net, at = self.teacher.denoiser, self.check_tensors({k: tuple(v.shape) for k, v in state.items()})
+    lora = {k: v.float() for k, v in state.items() if "lora_" in at[k]}
+    set_peft_model_state_dict(net, lora, low_cpu_mem_usage=any(
+        net.get_parameter(at[k]).is_meta for k in lora))
     with torch.no_grad():
-        for n, v in whole.items(): net.get_parameter(n).copy_(v)
-    self.whole = [n for n in whole if "cond_proj" not in n]  # `save` stores them again
+        for k in state.keys() - lora.keys(): net.get_parameter(at[k]).copy_(state[k])
+    self.whole = [k for k in state if ".base_layer." in k]   # `save` stores them again
+
+@patch
+@torch.no_grad()
+def merge_from(self:Student,
+               path:str|Path, # of `adapter_model.safetensors`
+              )->nn.Module:   # the denoiser itself; the student is used up
+    "Fold the LoRA of a file into the weights, with one layer of it in memory at a time"
+    net, parts, waiting = self.teacher.denoiser, {}, {}
+    at = self.check_tensors({k.removeprefix(PEFT): v for k, v in shapes_in(path).items()})
+    layers = {n for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)}
+    of = {k: re.split(r"\.(?=lora_|base_layer\.)", n, maxsplit=1)[0] for k, n in at.items()}
+    for k, layer in of.items(): waiting.setdefault(layer, set()).add(k)
+    for k, v in tensors_in(path):
+        k = k.removeprefix(PEFT); layer = of[k]
+        if layer not in layers: net.get_parameter(at[k]).copy_(v); continue
+        old = net.get_parameter(at[k])
+        parts.setdefault(layer, {})[at[k][len(layer) + 1:]] = v.to(old.dtype)
+        waiting[layer].remove(k)
+        if waiting[layer]: continue
+        net.get_submodule(layer).load_state_dict(parts.pop(layer), strict=False, assign=True)
+        _fold_layer(net, layer)
+    return _fold(net)
 
 # %% ../nbs/30_student.ipynb #d1e2f1a3
 def content_id(tensors:dict, # name: tensor

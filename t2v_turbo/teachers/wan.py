@@ -339,9 +339,9 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
     given = {k: tuple(v) if k == "size" else v for k, v in given.items() if v is not None}
     cls = WanTeacher if vae is AutoencoderKLWan else FlowTeacher
     scheduler = getattr(diffusers, _class_of(folder, "scheduler", "scheduler_config.json"))
+    words, eyes = load_part(text, folder, "text_encoder", dtype), load_part(vae, folder, "vae", dtype)
     net = guided_wan(load_part(WanTransformer3DModel, folder, "transformer", dtype))
-    teacher = cls(str(folder), net, load_part(vae, folder, "vae", dtype),
-                  load_part(text, folder, "text_encoder", dtype),
+    teacher = cls(str(folder), net, eyes, words,
                   load_part(AutoTokenizer, folder, "tokenizer"),
                   load_part(scheduler, folder, "scheduler"), **given)
     _check_fit(teacher, folder)
