@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch as replaced
 
@@ -47,10 +48,11 @@ from scipy.stats import linregress
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 
-from t2v_turbo.caches import build_cache
+from t2v_turbo import train as training
+from t2v_turbo.caches import build_cache, dice
 from t2v_turbo.consistency import w_embedding
-from t2v_turbo.core import make_gen
-from t2v_turbo.distill import Distillation, Draw, Objective, draw
+from t2v_turbo.core import make_gen, step_gen
+from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.plan import _FULL, GB, NoWords, _attention, _phases, cast, plan_of, save_reward, weights_of
 from t2v_turbo.rewards import internvideo2 as iv2
 from t2v_turbo.rewards.clip import HPS, CLIPReward, letterbox
@@ -257,6 +259,12 @@ class Published(nn.Module):
         return dict(loss=loss, cd=cd.detach(), r_img=r_img.detach(), r_vid=r_vid.detach())
 
 
+def dealt(cfg, shape, gen=None):
+    "The random numbers of the step; noise and grid points are those of the cache, so that every variant works on the same"
+    noise, index = dice(SEED, 0, shape, 1000//cfg.k)
+    return replace(draw(cfg, shape, step_gen(SEED, 0, "noise")), noise=noise, index=index)
+
+
 class Theirs:
     "A with accelerate and AdamW around it; `read`, `backward` and `update` as the trainer has them"
     def __init__(self, c, device, autocast=False, dtype=torch.float32):
@@ -277,7 +285,7 @@ class Theirs:
     def backward(self, read):
         clips, prompts = read
         dev = self.acc.device
-        d = draw(self.net.cfg, self.shape, make_gen(SEED*1_000_003)).rows(self.rows)
+        d = dealt(self.net.cfg, self.shape).resolve(self.c["frames"], self.net.cfg).rows(self.rows)
         out = self.model(clips.to(dev, self.net.dtype), prompts, d.to(dev))
         with self.phase("backward"): self.acc.backward(out["loss"].mean())
         return {k: float(self.acc.reduce(v.detach().mean(), "mean")) for k, v in out.items()}
@@ -313,6 +321,8 @@ class Ours(Trainer):
     def _teacher(self): return self.made
     def _source(self, teacher): return super()._source(teacher) if self.cfg.data else Clips(self.c)
     def read(self): return self.source.batch(0, self.cfg.batch, self.rows())
+    def backward(self, read):
+        with replaced.object(training, "draw", dealt): return super().backward(read)
     def update(self):
         super().update()
         self.step = 0                                              # the same clips and the same random numbers every time
@@ -474,8 +484,7 @@ def published_size(teacher):
     "Bytes and operations of A and of some B at the published size, on a device that has no memory; A all in float32"
     c, rows = case_of(teacher, FULL), []
     net = Published(c, *build(c, "meta"))
-    d = draw(net.cfg, (1, 4, c["frames"], *(v//8 for v in c["size"])), make_gen(0))
-    d = Draw(d.noise.to("meta"), d.index.to("meta"), d.w.to("meta"), d.image_frames, d.video_frames)
+    d = dealt(net.cfg, (1, 4, c["frames"], *(v//8 for v in c["size"]))).resolve(c["frames"], net.cfg).to("meta")
     clips, mine = torch.rand(1, 3, c["frames"], *c["size"], device="meta"), net.params()
     with Meter("meta", [*net.parameters(), *net.buffers(), net.null]) as m, replaced.object(F, "scaled_dot_product_attention", _attention):
         net.part = m.phase

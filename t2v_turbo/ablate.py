@@ -26,7 +26,7 @@ from .base import at_least
 from .checkpoints import claim
 from .core import UserError, atomic, write_json
 from .distill import Objective
-from .train import Config, Trainer
+from .train import Config, Trainer, check_rewards
 from .watch import Watcher, WatchOptions, look_prompts, watch
 
 # %% ../nbs/46_ablate.ipynb #206ca10c
@@ -141,7 +141,7 @@ def _settle(cfg, o, looks):
                      and theirs.get(k) != ours.get(k))
         raise UserError(f"{str(path)!r} is of an ablation with other settings ({', '.join(odd)}): "
                         "choose another --out")
-    for cell in cells(o, cfg): cell_config(cfg, cell)    # refuses values that cannot be meant
+    for cell in cells(o, cfg): check_rewards(cell_config(cfg, cell))   # refuses bad values, too
     try: write_json(path, mine)
     except OSError as e: raise UserError(f"cannot write to {cfg.out!r} ({e.strerror}): choose "
                                          "another --out") from None

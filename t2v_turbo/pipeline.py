@@ -134,9 +134,10 @@ _CALL = dict(negative_prompt=_PASS, negative_prompt_embeds=_PASS, guidance_resca
 _HUB = "fetch it with huggingface_hub.snapshot_download, and give that folder"
 _LOAD = dict(device_map="call .to(device) or .enable_model_cpu_offload() afterwards",
              quantization_config="give dtype float32, bfloat16 or float16",
-             revision=_HUB, cache_dir=_HUB, force_download=_HUB, proxies=_HUB,
+             revision="write it behind the name, owner/name@revision",
+             cache_dir=_HUB, force_download=_HUB, proxies=_HUB,
              token="run `hf auth login`, or set HF_TOKEN",
-             local_files_only="set HF_HUB_OFFLINE=1", variant="the files are found by themselves",
+             local_files_only="set HF_HUB_OFFLINE=1",
              use_safetensors="weights are read from safetensors only; leave it out",
              low_cpu_mem_usage="memory is always saved; leave it out",
              custom_pipeline="this class is the pipeline; leave it out",
@@ -330,22 +331,23 @@ def from_teacher(cls,
 
 # %% ../nbs/32_pipeline.ipynb #bc3feb57
 _PARTS = ("vae", "text_encoder", "tokenizer", "denoiser", "scheduler")
-_SIZES = ("frames", "size", "fps")                # what `load_teacher` takes
+_SIZES = ("variant", "frames", "size", "fps")     # what `load_teacher` takes
 _OWN = ("num_frames", "fps", "guidance_scale", "height", "width", "origin_steps", "steps")
 
-def _part(folder, name, kind, dtype):
+def _part(folder, name, kind, dtype, variant):
     "One component of a saved pipeline, of the class that its index names"
     if not kind or kind[0] is None: return None
     try: cls = getattr(import_module(kind[0]), kind[1])
     except (ImportError, AttributeError, TypeError) as e:
         raise UserError(f"{str(folder)!r} has a {name} of class {kind!r}, which cannot be imported "
                         f"({e}): install the package that it belongs to") from None
-    return load_part(cls, folder, name, dtype if issubclass(cls, nn.Module) else None)
+    return load_part(cls, folder, name, dtype if issubclass(cls, nn.Module) else None, variant)
 
 @patch_to(T2VTurboPipeline, cls_method=True)
 def _of_index(cls, folder, index, dtype, given):
     "Our own pipeline, as `save_pretrained` wrote it; networks come in their final precision"
-    parts = {n: given.pop(n) if n in given else _part(folder, n, index.get(n), dtype)
+    variant = given.pop("variant", None)
+    parts = {n: given.pop(n) if n in given else _part(folder, n, index.get(n), dtype, variant)
              for n in _PARTS}
     return cls(**parts, **{n: index[n] for n in _OWN if n in index} | given)
 
@@ -362,11 +364,12 @@ def _precision(dtype, given):
 def from_pretrained(cls,
                      folder:str|Path, # of a student, a converted model or a pipeline; or a hub id
                      dtype=None, # of all weights: float32 by default, `auto` for what suits the device
-                     **kwargs,   # torch_dtype; sizes, or components of our own pipeline
+                     **kwargs,   # torch_dtype, variant; sizes, or components of our own pipeline
                     )->"T2VTurboPipeline":
     "Load a student folder, a converted folder that holds a whole student, or our own pipeline"
-    at, given = local_folder(str(folder)), dict(kwargs)
+    given = dict(kwargs)
     dtype = _precision(dtype, given)
+    at = local_folder(str(folder), given.get("variant"), dtype)
     for n in ("use_safetensors", "low_cpu_mem_usage"):
         if given.get(n) is True: del given[n]            # it is so anyway
     refuse = lambda kind, *known: refuse_options(f"from_pretrained of {kind}", given, _LOAD, known)
@@ -379,7 +382,7 @@ def from_pretrained(cls,
         raise UserError(f"{str(at)!r} holds neither student.json nor model_index.json: {near}")
     index = read_object(at / "model_index.json")
     if index.get("_class_name") == cls.__name__:
-        refuse("a pipeline", "dtype", *_OWN, *_PARTS)
+        refuse("a pipeline", "dtype", "variant", *_OWN, *_PARTS)
         return cls._of_index(at, index, dtype, given)
     refuse("a converted model", "dtype", *_SIZES, "scale_x0")
     return cls.from_teacher(load_teacher(at, dtype=dtype, **_some(given)))

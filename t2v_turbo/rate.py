@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import av
 import numpy as np
 from fastcore.basics import patch
 from scipy import stats
 
 from .core import UserError, atomic
-from .data import find_clips, probe, read_table
+from .data import find_clips, open_video, probe, read_table
 
 # %% ../nbs/44_rate.ipynb #6da8887e
 PLAYED = {"h264", "vp8", "vp9", "av1"}                  # codecs that browsers play
@@ -68,7 +67,7 @@ def _playable(path):
     if path.suffix.lower() not in KINDS: raise UserError(
         f"{path} is no {' or '.join(KINDS)} file: convert it to mp4 with H.264")
     probe(path)
-    with av.open(str(path), metadata_errors="ignore") as box: name = box.streams.video[0].codec.name
+    with open_video(path) as (_, v): name = v.codec.name
     if name not in PLAYED and name.removeprefix("lib") not in PLAYED: raise UserError(
         f"{path} is coded as {name}, which browsers do not play: convert it to mp4 with H.264")
     return path

@@ -24,38 +24,39 @@ def ddim_step(schedule:Schedule, # the forward process
 # %% ../nbs/03_solver.ipynb #c62645bc
 def ddim_grid(n:int=50,   # timesteps on the grid
               T:int=1000, # timesteps of the schedule
-             )->Tensor:   # (n,) int64, ascending
-    "The solver's timesteps t_i = (T//n)(i+1) - 1"
+             )->Tensor:   # (n,) int64, ascending; the last is T-1
+    "The solver's timesteps t_i = floor(T(i+1)/n) - 1"
     if not 1 <= n <= T: raise UserError(f'a grid of {n} timesteps does not exist: choose 1 to {T}')
-    return torch.arange(1, n+1)*(T//n) - 1
+    return torch.arange(1, n+1)*T//n - 1
 
 # %% ../nbs/03_solver.ipynb #0de0c395
 @dataclass(frozen=True)
 class DDIM:
-    "The DDIM solver on a grid of `n` timesteps; one step skips k = T//n of them"
+    "The DDIM solver on a grid of `n` timesteps; a step goes from one to the one below"
     schedule:Schedule # the forward process
     n:int=50          # timesteps on the grid
 
     @property
     def grid(self): return ddim_grid(self.n, len(self.schedule))
     @property
-    def k(self): return len(self.schedule)//self.n
+    def k(self): return len(self.schedule)//self.n # a step, where n divides T; else a bit less
 
     def t(self, index:Tensor)->Tensor:
         "Timestep of grid point `index` (b,)"
         return self.grid.to(index.device)[index]
 
     def t_prev(self, index:Tensor)->Tensor:
-        "Timestep at which a step from grid point `index` (b,) arrives"
-        return (self.t(index) - self.k).clamp_min(0)
+        "Timestep at which a step from grid point `index` (b,) arrives: the one below, or 0"
+        return self.t((index - 1).clamp_min(0)) * (index > 0)
 
     def step(self, x0:Tensor, eps:Tensor, index:Tensor)->Tensor:
         "One step from grid point `index` (b,) towards the data"
         return ddim_step(self.schedule, x0, eps, self.t_prev(index))
 
     def invert(self, z_prev:Tensor, eps:Tensor, t:Tensor)->Tensor:
-        "The step backwards: from `z_prev` at t-k to `t` (b,), given the noise prediction"
-        x0 = self.schedule.x0_from_eps(z_prev, eps, (t - self.k).clamp_min(0))
+        "The step backwards: from `z_prev` to the grid's timestep `t` (b,), given the noise"
+        index = torch.searchsorted(self.grid.to(t.device), t)
+        x0 = self.schedule.x0_from_eps(z_prev, eps, self.t_prev(index))
         return ddim_step(self.schedule, x0, eps, t)
 
 # %% ../nbs/03_solver.ipynb #05c41f2a

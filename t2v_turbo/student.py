@@ -28,17 +28,15 @@ from torch import Tensor, nn
 
 from .consistency import consistency_fn, few_step_grid, w_embedding
 from .core import UserError, write_json
-from .teachers.base import (PEFT, Teacher, differences, read_object, same_teacher,
-                                    save_adapters, shapes_in, tensors_in)
-from .teachers.folders import load_teacher
-from .teachers.wan import FlowTeacher, WanTeacher
+from .teachers.base import (PEFT, Teacher, check_peft, differences, read_object,
+                                    same_teacher, save_adapters, shapes_in, tensors_in)
+from .teachers.folders import DEFAULTS, defaults_of, load_teacher
 
 # %% ../nbs/30_student.ipynb #d3742839
 def guidance_of(teacher:Teacher)->float: # 0 is no guidance
     "Guidance scale a teacher is usually sampled with"
-    if isinstance(teacher, WanTeacher): return 5.
-    tiny = isinstance(teacher, FlowTeacher) or type(teacher.denoiser).__name__ == "TinyVideoDenoiser"
-    return 2. if tiny else 7.5                     # 7.5: the published samplers of 3-D UNets
+    try: return defaults_of(teacher).guidance
+    except UserError: return DEFAULTS["videocrafter2"].guidance    # put together by hand
 
 def sampling_of(objective,      # has `k`, `w_min` and `w_max`; `None` if unknown
                 teacher:Teacher,
@@ -98,6 +96,7 @@ class Student(nn.Module):
                  empty:bool=False, # LoRA takes no memory yet: `load_tensors` or `merge_from` is next
                 ):
         super().__init__()
+        check_peft()
         if rank < 1: raise UserError(f"LoRA rank {rank} is not positive: give 1 or more")
         _refuse_twice(teacher)
         self.fingerprints = teacher.fingerprints()
@@ -170,12 +169,9 @@ def merged(self:Student)->nn.Module: # a copy of the denoiser; the student stays
     return _fold(copy.deepcopy(self.teacher.denoiser))
 
 # %% ../nbs/30_student.ipynb #bbb34d05
-def whole(p:Tensor, # any shape `(...)`, perhaps cut up by FSDP2 or ZeRO-3: then all have to ask
+def whole(p:Tensor, # any shape `(...)`, perhaps sharded by FSDP2: then call it on every process
          )->Tensor: # all of it, on the CPU
     "A tensor in one piece"
-    if hasattr(p, "ds_id"):                        # DeepSpeed has cut it up
-        import deepspeed
-        with deepspeed.zero.GatheredParameters([p]): return p.detach().cpu().clone()
     p = p.detach()
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu()
 
@@ -302,6 +298,7 @@ def _check_teacher(folder, his, teacher):
 
 def _empty_student(folder, teacher, dtype, options):
     "A saved student on its teacher, all checked, but its LoRA is still to be read"
+    check_peft()
     meta, config, (told, objective) = read_student(folder)
     path = Path(folder) / "adapter_model.safetensors"
     his, shapes = fingerprints_of(meta), _reading(path, shapes_in)

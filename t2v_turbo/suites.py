@@ -22,12 +22,13 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .base import at_least
+from .base import at_least, is_rubbish
 from .checkpoints import claim
 from .core import UserError, atomic, make_gen, pick_device, write_json, write_video
 from .data import ROWS, probe
 from .pipeline import T2VTurboPipeline, sample_teacher
 from .teachers.base import Teacher
+from .teachers.folders import defaults_of
 
 # %% ../nbs/43_prompts.ipynb #bae9a462
 VIDEOS, FLICKER_VIDEOS = 5, 25    # per prompt, as VBench's prompts/README.md asks for
@@ -51,7 +52,8 @@ def _full_info(path):
 def _vbench(path):
     "(prompt, is it for temporal flickering) of a json file, a text file or a folder of them"
     if path.suffix == ".json": return _full_info(path)
-    found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    found = sorted(p for p in path.glob("*.txt") if not is_rubbish(p.name)) if path.is_dir(
+        ) else [path]
     if not found: raise UserError(f"{path} holds no .txt file: give VBench's prompts_per_dimension")
     return [(p, f.stem == "temporal_flickering") for f in found for p in _lines(f) if p]
 
@@ -148,9 +150,10 @@ def by_student(pipe:T2VTurboPipeline, # on its device
 
 def by_teacher(teacher:Teacher, # on its device
                steps:int=50,    # DDIM steps
-               w:float=4.,      # guidance scale, 0 is none
+               w:float|None=None, # guidance scale, 0 is none; the teacher's own if `None`
               )->Callable:      # prompts and seeds to clips
     "Sample a teacher, each clip from its own seed"
+    w = defaults_of(teacher).guidance if w is None else w
     return lambda prompts, seeds: torch.cat([
         sample_teacher(teacher, [p], make_gen(s), steps, w) for p, s in zip(prompts, seeds)])
 

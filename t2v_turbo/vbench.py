@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from .base import UserError
+from .base import UserError, is_rubbish
 
 # %% ../nbs/42_vbench.ipynb #09d0aa79
 QUALITY = {  # dimension: lowest, highest, weight; constants of Vchitect/VBench, scripts/constant.py
@@ -258,7 +258,8 @@ def read_results(path, # `*_eval_results.json`, or a folder of them
                 )->Result:
     "Read what VBench wrote for one model"
     path = Path(path)
-    found = sorted(path.rglob("*_eval_results.json")) if path.is_dir() else [path]
+    found = sorted(p for p in path.rglob("*_eval_results.json") if not any(
+        map(is_rubbish, p.relative_to(path).parts))) if path.is_dir() else [path]
     if not found: raise UserError(
         f"{path} holds no *_eval_results.json: give VBench's output folder")
     scores, videos = {}, {}

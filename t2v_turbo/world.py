@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'MOTIONS', 'REVERSED', 'FLAWS', 'ATTRS', 'caption', 'parse', 'is_heldout', 'combos',
-           'sample_attrs', 'place', 'mask', 'render', 'blur', 'logo', 'watermark', 'flicker', 'web', 'step_gen',
-           'World']
+           'sample_attrs', 'place', 'mask', 'render', 'blur', 'logo', 'watermark', 'flicker', 'web', 'World',
+           'step_gen']
 
 # %% ../nbs/05_world.ipynb #f3e55d4f
 from dataclasses import dataclass
@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import UserError, make_gen
+from .core import UserError, make_gen, step_gen
+
+_all_ = ["step_gen"]
 
 # %% ../nbs/05_world.ipynb #4d0cf625
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -176,10 +178,8 @@ def web(clips:Tensor, # (b c t h w) in [0,1]
     return torch.where(has(1), watermark(clips), clips), flaws
 
 # %% ../nbs/05_world.ipynb #26f7c738
-def step_gen(seed:int, # seed of the run
-             step:int, # step of the run
-            )->torch.Generator: # on the CPU
-    "A generator of its own for each step of a run"
+def _clip_gen(seed, step):
+    "The generator of a batch of the tiny world; the shipped weights were trained on its clips"
     return make_gen((seed * 1_000_003 + step) % 2**32)
 
 # %% ../nbs/05_world.ipynb #0de0c395
@@ -202,7 +202,7 @@ class World:
               rows:slice=slice(None), # which of them to give
              )->tuple[Tensor, list[str]]: # clips (b 3 t h w) in [0,1], b captions
         "The clips and captions of one step"
-        gen = step_gen(self.seed, step)
+        gen = _clip_gen(self.seed, step)
         attrs = sample_attrs(size, self.split, gen)
         clips = render(attrs, gen, self.frames, self.size)
         if not self.clean:

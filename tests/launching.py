@@ -14,7 +14,7 @@ SMALL = ["--steps", "4", "--batch", "4", "--rank", "2", "--save_every", "2", "--
 
 def start(config, *args, n=2, script=None, more=(), precision="no"):
     "A started run; `script` with the arguments `more` stands for `-m t2v_turbo.cli`; `precision=None` is that of the file"
-    own = dict(fsdp2="cpu_fsdp.py", zero2="cpu_zero.py", zero3="cpu_zero.py").get(config)
+    own = dict(fsdp2="cpu_fsdp.py").get(config)
     script = [str(script)] if script else [str(ROOT / "tests" / own)] if own else ["-m", "t2v_turbo.cli"]
     cmd = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(ROOT / "configs" / f"{config}.yaml"),
            "--num_processes", str(n), "--main_process_port", "0", *(["--mixed_precision", precision] if precision else []), *script, *more]

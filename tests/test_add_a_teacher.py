@@ -72,7 +72,7 @@ def test_commands_in_a_fresh_process(site, folder, tmp_path, installed):
         from t2v_turbo.cli import main
         from t2v_turbo.core import make_gen
         from t2v_turbo.pipeline import T2VTurboPipeline
-        small = ["--frames", "9", "--video_frames", "2", "--rank", "2", "--batch", "1", "--steps", "1"]
+        small = ["--reward", "tiny-image,tiny-video", "--frames", "9", "--video_frames", "2", "--rank", "2", "--batch", "1", "--steps", "1"]
         assert main(["distill", "--teacher", sys.argv[1], *small, "--out", "run"]) == 0
         assert main(["sample", "--student", "run/student", "--dtype", "bfloat16", "--out", "videos"]) == 0
         pipe = T2VTurboPipeline.from_pretrained("run/student")

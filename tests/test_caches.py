@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from t2v_turbo import caches
 from t2v_turbo.caches import (Pair, Pairs, ask, build_cache, cache_bytes, data_id, dice, from_v, key_of,
                               make_batch, open_cache, read_about, shard_path, teacher_id, to_v)
-from t2v_turbo.core import UserError, make_gen, write_video
+from t2v_turbo.core import UserError, make_gen, step_gen, write_video
 from t2v_turbo.data import ClipFolder
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.rewards.tiny import load_reward
@@ -108,11 +108,13 @@ def files(folder): return {p.name: p.read_bytes() for p in folder.glob('[!.]*')}
 
 # --- the numbers ---------------------------------------------------------------------------------
 
-def test_dice_are_those_of_training():
+def test_dice_are_the_cache_s_own():
+    "Those of a seed and a step, and not the noise that training draws there"
     for seed, step in ((0, 0), (3, 7), (9000, 12)):
-        d = draw(Objective(k=20), (2, 4, 8, 8, 8), make_gen(seed*1_000_003 + step)) # as `Trainer.backward`
-        noise, index = dice(seed, step, (2, 4, 8, 8, 8), 50)
-        assert torch.equal(d.noise, noise) and torch.equal(d.index, index)
+        d = draw(Objective(k=20), (2, 4, 8, 8, 8), step_gen(seed, step, 'noise')) # as `Trainer.backward`
+        (noise, index), again = (dice(seed, step, (2, 4, 8, 8, 8), 50) for _ in range(2))
+        assert torch.equal(noise, again[0]) and torch.equal(index, again[1]) and index.max() < 50
+        assert (noise - d.noise).abs().max() > 1
 
 
 def test_training_from_the_cache_is_training(whole, tmp_path):
@@ -124,7 +126,8 @@ def test_training_from_the_cache_is_training(whole, tmp_path):
     rewards = load_reward('tiny-image'), load_reward('tiny-video')
     T, step, cfg = student.teacher, 2, Objective()
     clips, prompts = World().batch(step, 2)
-    d = draw(cfg, (2, *T.latent_shape), make_gen(3*1_000_003 + step))
+    noise, index = dice(3, step, (2, *T.latent_shape), 50)
+    d = replace(draw(cfg, (2, *T.latent_shape), step_gen(3, step, 'noise')), noise=noise, index=index)
     pairs = open_cache(whole, T, k=cfg.k, seed=3, data=World()) # an adapted teacher is the same teacher
     with student.as_teacher() as adapters_off:
         texts = open_cache(build_cache('text', adapters_off, prompts, tmp_path/'t', dtype='float32', **SMALL), T)

@@ -1,20 +1,26 @@
 "Faults of a long run, each injected: one clear sentence, an exit code that is not 0, and nothing lost"
+import errno
 import json
+import multiprocessing
 import os
 import signal
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import launching
+import t2v_turbo.checkpoints as checkpoints
 from t2v_turbo.caches import build_cache, open_cache
 from t2v_turbo.checkpoints import Checkpoints, claim
 from t2v_turbo.cli import main
+from t2v_turbo.core import UserError, atomic, sweep
 from t2v_turbo.streams import Shards, write_shards
 from t2v_turbo.teachers.tiny import load_teacher, save_teacher
 from t2v_turbo.train import Config, Objective, Trainer
@@ -311,3 +317,180 @@ def test_another_cache(tmp_path, capsys):
     (tmp_path / "txt").rename(tmp_path / "moved")
     capsys.readouterr()
     assert main([str(a) for a in run("lat", "moved")]) == 0 and "resumed at step 2" in capsys.readouterr().out
+
+
+# ---- run.lock: death gives it up, whatever its text says; a live run is refused
+
+HOLD = "import sys, time\nfrom t2v_turbo.checkpoints import claim\nwith claim(sys.argv[1]): print('mine', flush=True); time.sleep(60)"
+
+
+def holder(out):
+    "A process that has claimed `out`"
+    p = run(HOLD, out, wait=False)
+    assert p.stdout.readline().strip() == "mine"
+    return p
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(checkpoints, "BEAT", .1)
+
+
+@pytest.mark.parametrize("text", [f"{os.getpid()} {socket.gethostname()}", f"1 {socket.gethostname()}", "17 a-machine-that-was-lost", "17", "", "\0\xff"])
+def test_a_lock_that_nobody_holds(tmp_path, fast, text):
+    "A restarted container has the same name and numbers; a lost machine never comes back to unlock"
+    (tmp_path / "run.lock").write_bytes(text.encode("latin-1"))
+    with claim(tmp_path):
+        assert (tmp_path / "run.lock").read_text().splitlines()[0] == f"{os.getpid()} {socket.gethostname()}"
+        with pytest.raises(UserError, match="in use by another run"), claim(tmp_path): pass
+    assert not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_one_stale_lock_has_one_heir(tmp_path, fast, monkeypatch, kernel):
+    "Four processes find it at the same moment"
+    (tmp_path / "run.lock").write_text(f"3999999 {socket.gethostname()}")
+    if not kernel: monkeypatch.setattr(checkpoints, "fcntl", None); monkeypatch.setattr(checkpoints, "BEAT", .4)
+    refuse = checkpoints._refuse_if_held
+    def slow(*a): refuse(*a); time.sleep(.2)
+    monkeypatch.setattr(checkpoints, "_refuse_if_held", slow)
+    context = multiprocessing.get_context("fork"); told, start = context.Queue(), context.Event()
+    def heir():
+        start.wait()
+        try:
+            with claim(tmp_path): told.put(1); time.sleep(4)
+        except UserError as e: assert "in use" in str(e) or "unknown" in str(e); told.put(0)
+    ps = [context.Process(target=heir) for _ in range(4)]
+    for p in ps: p.start()
+    start.set()
+    assert sorted(told.get(timeout=60) for _ in ps) == [0, 0, 0, 1]
+    for p in ps: p.join()
+
+
+def test_without_the_kernels_lock(tmp_path, fast, monkeypatch):
+    "No fcntl, or a file system that has no such locks: the beats decide"
+    def none(*a): raise OSError(errno.ENOLCK, "no locks")
+    for fake in (None, SimpleNamespace(flock=none, LOCK_EX=2, LOCK_NB=4)):
+        monkeypatch.setattr(checkpoints, "fcntl", fake)
+        with claim(tmp_path):
+            with pytest.raises(UserError, match=f"in use by another run .process {os.getpid()}."), claim(tmp_path): pass
+        assert not (tmp_path / "run.lock").exists()
+        (tmp_path / "run.lock").write_text(f"{os.getpid()} {socket.gethostname()}")          # left behind by a dead run
+        with claim(tmp_path): pass
+
+
+def test_a_live_run_on_another_machine(tmp_path, fast, monkeypatch):
+    "Its kernel's lock may not be seen here, its beats are"
+    (tmp_path / "run.lock").write_text("17 another-machine\nmark")
+    with checkpoints._beats(tmp_path / "run.lock"):
+        with pytest.raises(UserError, match="claimed by process 17 on another-machine: wait for it, or delete run.lock"), claim(tmp_path): pass
+    assert (tmp_path / "run.lock").read_text() == "17 another-machine\nmark"
+    with claim(tmp_path): pass
+
+
+CHILDREN = """
+import os, subprocess, sys, time
+from t2v_turbo.checkpoints import claim
+with claim(sys.argv[1]):
+    child = subprocess.Popen(["sleep", "60"])
+    if not (pid := os.fork()):
+        sys.stdout.close(); time.sleep(60); os._exit(0)
+    print(child.pid, pid, flush=True); time.sleep(60)
+"""
+
+
+def test_children_do_not_keep_the_lock(tmp_path):
+    "A worker that was forked, and a program that was started, outlive a run that is killed"
+    p = run(CHILDREN, tmp_path, wait=False)
+    children = [int(c) for c in p.stdout.readline().split()]
+    try:
+        with pytest.raises(UserError, match=f"process {p.pid}"), claim(tmp_path): pass
+        p.kill(); p.wait()
+        with claim(tmp_path): pass
+        for c in children: os.kill(c, 0)                                # they do live
+    finally:
+        for c in children: os.kill(c, signal.SIGKILL)
+
+
+def test_a_forked_child_gives_up_nothing(tmp_path):
+    with claim(tmp_path):
+        if not (pid := os.fork()):
+            try:
+                with claim(tmp_path): os._exit(9)
+            except UserError: os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        with pytest.raises(UserError, match="in use"), claim(tmp_path): pass
+
+
+# ---- a folder that is replaced
+
+REPLACED = """
+import os, signal, sys
+from pathlib import Path
+from t2v_turbo import core
+real, n = os.replace, [0]
+def replace(a, b):
+    n[0] += 1
+    if n[0] == 2: os.kill(os.getpid(), signal.SIGKILL)
+    real(a, b)
+core.os.replace = replace
+with core.atomic(sys.argv[1]) as tmp: tmp.mkdir(); (tmp / "new").touch()
+"""
+
+
+@pytest.mark.parametrize("how", ["atomic", "sweep", "again"])
+def test_killed_between_two_renames(tmp_path, how):
+    old = tmp_path / "model"; old.mkdir(); (old / "old").write_text("precious")
+    assert subprocess.run([sys.executable, "-c", REPLACED, old], env=ENV, timeout=100).returncode == -signal.SIGKILL
+    assert not old.exists()
+    if how == "atomic":
+        with pytest.raises(ZeroDivisionError), atomic(old): 1 / 0
+    if how == "sweep": sweep(tmp_path)
+    if how == "again":
+        with atomic(old) as tmp: tmp.mkdir(); (tmp / "newer").touch()
+    assert [p.name for p in old.iterdir()] == (["newer"] if how == "again" else ["old"])
+    sweep(tmp_path, age=-float("inf"))
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("fails", [{2}, {2, 3}])
+def test_a_rename_that_fails(tmp_path, monkeypatch, fails):
+    "The second rename, and even the one that puts the old folder back"
+    old = tmp_path / "model"; old.mkdir(); (old / "old").write_text("precious")
+    real, n = os.replace, [0]
+    def replace(a, b):
+        n[0] += 1
+        if n[0] in fails: raise OSError(errno.ENOSPC, "No space left on device")
+        real(a, b)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="No space"), atomic(old) as tmp: tmp.mkdir(); (tmp / "new").touch()
+    monkeypatch.undo()
+    sweep(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*")] == ["model", "old"]
+
+
+def test_what_is_promised_is_on_the_disk(tmp_path, monkeypatch):
+    "File, folder and rename are flushed, in this order; the log is not"
+    calls, fsync, real = [], os.fsync, os.replace
+    name = lambda fd: Path(os.readlink(f"/proc/self/fd/{fd}")).name
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(name(fd)), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"> {Path(b).name}"), real(a, b)))
+    Checkpoints(tmp_path).save(3, dict(x=torch.ones(2)))
+    assert calls == ["step-00000003.pt", "> step-00000003.pt", "checkpoints"]
+    calls.clear()
+    with atomic(tmp_path / "folder") as tmp: tmp.mkdir(); (tmp / "a").touch()
+    assert calls == ["a", "folder", "> folder", tmp_path.name]
+    calls.clear()
+    with atomic(tmp_path / "log", sync=False) as tmp: tmp.touch()
+    assert calls == ["> log"]
+
+
+def test_a_pinned_checkpoint_stays(tmp_path):
+    store = Checkpoints(tmp_path, keep=2)
+    for step in range(1, 9):
+        store.save(step, {})
+        if step in (2, 4): Checkpoints(tmp_path).pin(step)              # by another object, as after a resume
+    assert store.steps() == [4, 7, 8] and store.pinned == 4 and store.newest()[0] == 8
+    (tmp_path / "checkpoints" / "pinned.json").write_text("{")
+    store.save(9, {})
+    assert store.steps() == [8, 9] and store.pinned is None

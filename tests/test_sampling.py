@@ -219,5 +219,5 @@ def test_distill_and_sample_commands(at, tmp_path, base, more):
 
 
 def test_the_tiny_world_is_square(at, tmp_path):
-    with pytest.raises(UserError, match='square'): Trainer(Config(teacher=str(at/'vc2'), out=str(tmp_path/'r')))
-    with pytest.raises(UserError, match='nearest is'): Trainer(Config(teacher=str(at/'ms'), height=33, width=32))
+    with pytest.raises(UserError, match='square'): Trainer(Config(teacher=str(at/'vc2'), reward='tiny-image,tiny-video', out=str(tmp_path/'r')))
+    with pytest.raises(UserError, match='nearest is'): Trainer(Config(teacher=str(at/'ms'), reward='tiny-image,tiny-video', height=33, width=32))

@@ -286,7 +286,7 @@ def test_samples_and_captions():
     assert samples(images)[0] == {"d": {".mp4": (1, 1), ".txt": (2, 1)}}
     says = streams.caption_of
     assert says("\ufeffa\n cat".encode(), ".txt") == "a cat" and says(b'{"prompt": "x", "caption": "y"}', ".json") == "y"
-    assert [says(b, ".json") for b in (b'{"captions": "x"}', b'"x"', b"\xff", b'{"caption": null}')] == [""] * 4
+    assert [says(b, ".json") for b in (b'{"words": "x"}', b'"x"', b"\xff", b'{"caption": null}')] == [""] * 4
 
 
 # --- which shards ---------------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def test_a_clip_that_is_broken_in_places_is_tried_again(tmp_path, real):
 def test_shards_that_are_missing_or_cut(shards, cuts):
     (shards / "001.tar").write_bytes((shards / "001.tar").read_bytes()[:-12000])
     names = f"{shards}/{{000..003}}.tar"
-    text = says("2 of 4 shards cannot be read to the end", "missing='skip'", call=lambda: Shards(names, **SMALL))
+    text = says("2 of 4 shards cannot be read to the end", "--missing skip", call=lambda: Shards(names, **SMALL))
     assert f"{shards}/001.tar is cut off" in text and f"{shards}/003.tar cannot be read (No such file" in text
     with pytest.warns(UserWarning, match="are left out"): got = Shards(names, **SMALL, missing="skip")
     whole = sum(n.endswith(".mp4") for n, *_ in tar_members(shards / "001.tar")[0])

@@ -25,6 +25,7 @@ def videocrafter2(folder):
 
 
 SMALL = ["--height", "32", "--width", "32"]
+REWARDS = ["--reward", "tiny-image,tiny-video"]          # a real teacher has none of its own
 KINDS = dict(tiny=(None, []), ms=(tiny_modelscope, [*SMALL, "--frames", "8"]),
              vc2=(videocrafter2, [*SMALL, "--frames", "8"]),
              wan=(lambda folder: save_wan(tiny_wan(), folder),
@@ -39,7 +40,7 @@ def test_one_step_and_four(kind, tmp_path, capsys):
     if make: make(tmp_path / kind)
     out = tmp_path / "student"
     one = ["--steps", "1", "--batch", "2", "--rank", "2", "--eval_every", "0", "--repeats", "1"]
-    assert main(["distill", "--teacher", name, *one, *options, "--out", str(out)]) == 0
+    assert main(["distill", "--teacher", name, *one, *REWARDS, *options, "--out", str(out)]) == 0
     assert main(["sample", "--student", str(out / "student"), "--out", str(tmp_path / "v")]) == 0
     assert len(list((tmp_path / "v").glob("*.mp4"))) == 1
 
@@ -64,7 +65,7 @@ def test_illegal_sizes_name_the_nearest(tmp_path, capsys):
                             ("wan", ["--frames", "8"], "the nearest is 9")):
         KINDS[kind][0](tmp_path / kind)
         out = tmp_path / "out"
-        assert main(["distill", "--teacher", str(tmp_path / kind), *bad, "--out", str(out)]) == 2
+        assert main(["distill", "--teacher", str(tmp_path / kind), *REWARDS, *bad, "--out", str(out)]) == 2
         assert told in capsys.readouterr().err and not out.exists()
 
 
@@ -90,15 +91,15 @@ def test_suite_of_a_teacher_in_a_folder(kind, tmp_path):
     assert len(list((tmp_path / "out" / "videos").glob("*.mp4"))) == 1
 
 
-def test_wan_rewards_see_a_causal_prefix(tmp_path, monkeypatch):
-    "The trainer asks for frames that the first latents decode to, not for the whole clip"
+def test_wan_rewards_see_the_whole_clip(tmp_path, monkeypatch):
+    "The trainer asks for frames of the clip, of which there are more than latents"
     from t2v_turbo.teachers.wan import WanTeacher
     from t2v_turbo.train import Config, Objective, Trainer
     save_wan(tiny_wan(), tmp_path / "wan")
     trainer = Trainer(Config(out=str(tmp_path / "o"), teacher=str(tmp_path / "wan"), steps=4, batch=1, rank=2,
-                             frames=9, height=32, width=32, objective=Objective(video_frames=3)))
+                             frames=9, height=32, width=32, reward="tiny-image,tiny-video", objective=Objective(video_frames=9)))
     asked, decode = [], WanTeacher.decode
     monkeypatch.setattr(WanTeacher, "decode", lambda self, z, frames=None: (
-        asked.append(int(frames.max())), decode(self, z, frames))[1])
+        asked.append(frames.tolist()), decode(self, z, frames))[1])
     for _ in trainer.fit(): pass
-    assert len(asked) == 4 and max(asked) <= 2           # 9 frames are 3 latents
+    assert asked == [list(range(9))]*4                   # 9 frames are 3 latents

@@ -7,9 +7,9 @@ __all__ = ['CLIP_STATS', 'IMAGENET_STATS', 'FILES', 'VOCABULARY', 'CLIP_MERGES',
            'IMAGEREWARD', 'resize', 'letterbox', 'squash', 'crop', 'normalise', 'read_weights', 'fetch', 'told',
            'convert', 'fill', 'block_rows', 'text_rows', 'open_clip_table', 'depth', 'size_of', 'open_clip_config',
            'open_clip_model', 'published', 'tiny_clip', 'CLIPReward', 'merges_of', 'is_clip', 'vocabularies',
-           'clip_merges', 'named', 'pretrained', 'tokenizer_of', 'load_clip', 'hpsv2', 'clipscore', 'pickscore',
-           'linear_head', 'AestheticReward', 'aesthetic', 'ImageReward', 'imagereward_table', 'imagereward_sizes',
-           'imagereward', 'tiny_imagereward']
+           'clip_merges', 'named', 'model_folder', 'pretrained', 'tokenizer_of', 'load_clip', 'hpsv2', 'clipscore',
+           'pickscore', 'linear_head', 'AestheticReward', 'aesthetic', 'ImageReward', 'imagereward_table',
+           'imagereward_sizes', 'imagereward', 'tiny_imagereward']
 
 # %% ../../nbs/22_clip_rewards.ipynb #64d5a52e
 import hashlib
@@ -23,15 +23,17 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants
 from torch import Tensor, nn
 from transformers import (AutoTokenizer, BlipTextConfig, BlipVisionConfig,
                           BlipVisionModel, CLIPConfig, CLIPModel)
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from ..core import UserError, clips_of, frames_of
+from ..hub import fetch_file, fetch_folder, split_name
 from .base import CosineReward, Facts, Reward, at_least_fp32, in_chunks
-from ..teachers.base import read_torch, tokenize
+from ..teachers.base import (check_words, not_counted, read_torch, tokenize,
+                                     which_weights)
 from ..teachers.videocrafter2 import clip_tokenizer, read_merges
 
 _Net = TypeVar("_Net", bound=nn.Module)
@@ -100,11 +102,10 @@ def fetch(weights, # a path, or `None`
          )->Path:  # of the file
     "The file that was given, or the published one from the hub"
     if weights is not None: return Path(weights)
-    repo, _, file = facts.weights.rpartition("/")
-    try: return Path(hf_hub_download(repo, file))
-    except Exception as e:
-        raise UserError(f"{facts.name}: {facts.weights} cannot be fetched ({type(e).__name__}): "
-                        "download it and give its path") from None
+    try: return fetch_file(facts.weights)
+    except UserError as e:
+        raise UserError(f"{facts.name}: {facts.weights} cannot be fetched: {e}; or download it and "
+                        "give its path") from None
 
 # %% ../../nbs/22_clip_rewards.ipynb #9d7b3c49
 def _shape_of(table_row, shapes):
@@ -356,10 +357,23 @@ def named(where, # a folder, or a name on the hub
          )->str:    # the same
     "Refuse a path that is not there, before the hub is asked for a model of this name"
     where = str(where)
-    if not Path(where).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(?<!\.)", where):
+    if not Path(where).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?(?<!\.)", where):
         raise UserError(f"{what}: no folder {where!r}: give a folder in transformers' format, or "
                         "a name on the hub")
     return where
+
+def model_folder(where,         # a folder, or a name on the hub
+                 what:str,      # how an error calls the weights
+                 dtype=None,    # in which the weights will be used
+                 weights:bool=True, # `False`: only the small files, as for a tokenizer
+                )->Path:        # a folder
+    "The folder of a model in transformers' format, from the hub if there is none of this name"
+    where = named(where, what)
+    if Path(where).exists(): return Path(where)
+    if not split_name(where):
+        raise UserError(f"{what}: no folder {where!r}: give one, or owner/name on the hub")
+    try: return fetch_folder(where, None, dtype, weights)
+    except UserError as e: raise UserError(f"{what}: no folder {where!r}, and {e}") from None
 
 def pretrained(cls:type[_Net], # a transformers model class
                folder:str, # folder or hub name
@@ -367,13 +381,17 @@ def pretrained(cls:type[_Net], # a transformers model class
                what:str,   # how an error calls the weights
               )->_Net:
     "`from_pretrained`, refused when a tensor is missing, unexpected or of another shape"
-    folder = named(folder, what)
-    try: model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as e:
-        why = str(e).strip().splitlines()[-1]
+    at = model_folder(folder, what, dtype)
+    try: model, info = cls.from_pretrained(at, dtype=dtype, output_loading_info=True,
+                                           **which_weights(cls, at, None, dtype),
+                                           local_files_only=True)
+    except (MemoryError, torch.OutOfMemoryError): raise
+    except Exception as e:
+        why = "".join(str(e).strip().splitlines()[-1:])
         raise UserError(f"{what}: {folder!r} cannot be loaded ({why}): give a folder in "
                         "transformers' format") from None
-    found = {k: info[f"{k}_keys"] for k in ("missing", "unexpected", "mismatched")}
+    found = dict(missing=info["missing_keys"], unexpected=not_counted(info),
+                 mismatched=info["mismatched_keys"])
     said = [f"{told(map(str, v))} {k}" for k, v in found.items() if v]
     if said: raise UserError(f"{folder!r} does not hold {what}: {', '.join(said)}")
     return model.eval()
@@ -385,10 +403,12 @@ def tokenizer_of(folder:str, # folder or hub name
     "The tokenizer of a folder; without a vocabulary transformers would make one up: refused"
     files = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
     try:
-        if not Path(folder).is_dir() or any((Path(folder)/f).is_file() for f in files):
-            return AutoTokenizer.from_pretrained(str(folder))
+        at = model_folder(folder, what, weights=False)
+        if any((at/f).is_file() for f in files):
+            return check_words(AutoTokenizer.from_pretrained(at, local_files_only=True), at)
         why = f"none of {', '.join(files)}"
-    except (OSError, ValueError, TypeError) as e: why = str(e).strip().splitlines()[-1]
+    except UserError: raise
+    except Exception as e: why = "".join(str(e).strip().splitlines()[-1:])
     raise UserError(f"{what}: {str(folder)!r} has no tokenizer ({why}): give a folder in "
                     "transformers' format")
 

@@ -8,7 +8,6 @@ __all__ = ['FPS', 'COND', 'lora_order', 'read_lora', 'layer_shapes', 'name_lora'
            'convert_lora', 'convert_merged']
 
 # %% ../../nbs/13_published.ipynb #41f1705a
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +15,13 @@ from types import SimpleNamespace
 import torch
 from diffusers import UNet3DConditionModel
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core import UserError, atomic, make_gen, write_json
-from .base import Teacher, check_whole, load_part, new_folder, read_torch, save_adapters
+from .base import (Teacher, check_whole, load_part, new_folder, read_about,
+                                     read_torch, save_adapters)
 from .videocrafter2 import (FPS_FILE, fps_bias, set_fps, unet_from_vc2,
                                               vc2_lora_layers, vc2_to_diffusers, writing)
 
@@ -204,7 +204,7 @@ def load_fps(folder:str|Path, # of a converted VideoCrafter2
     if not file.is_file():
         raise UserError(f"{str(folder)!r} has no {FPS_FILE}: give a VideoCrafter2 folder "
                         "written by `t2v-turbo convert videocrafter2`, or base 'ms'")
-    return load_file(file)
+    return read_torch(file, "the folder as it was converted")
 
 # %% ../../nbs/13_published.ipynb #62f28452
 def _write_model(out, unet, base_folder, mlp=None, fps=None):
@@ -218,7 +218,7 @@ def _write_model(out, unet, base_folder, mlp=None, fps=None):
         if mlp is None: return
         save_file({k: v.contiguous() for k, v in mlp.items()}, tmp / FPS_FILE)
         if about.is_file():
-            write_json(tmp / about.name, json.loads(about.read_text()) | dict(fps=fps))
+            write_json(tmp / about.name, read_about(base_folder) | dict(fps=fps))
 
 def _write_adapters(out, unet, named, extra, about):
     "A student folder: PEFT's two files and `student.json`"

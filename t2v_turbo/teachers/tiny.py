@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ..core import UserError
-from .base import Teacher, load_part
+from .base import Teacher, load_part, read_about
 from ..world import COLOURS, MOTIONS, SHAPES
 
 # %% ../../nbs/11_tiny_teacher.ipynb #717ac053
@@ -74,7 +74,7 @@ class TinyVideoDenoiser(WanTransformer3DModel):
 # %% ../../nbs/11_tiny_teacher.ipynb #964cfd98
 @patch
 def _add_places(self:TinyVideoDenoiser, module, inputs, y):
-    f, r, c = (m(torch.arange(n, device=y.device)).T      # called: ZeRO-3 has cut the weights up
+    f, r, c = (m(torch.arange(n, device=y.device)).T
                for m, n in zip((self.frame, self.row, self.column), y.shape[2:]))
     return y + f[None, :, :, None, None] + r[None, :, None, :, None] + c[None, :, None, None, :]
 
@@ -121,6 +121,7 @@ def tiny_scheduler()->DDIMScheduler:
 WEIGHTS = Path(globals().get("__file__", "")).parent.parent / "weights"
 
 def load_teacher(name:str|Path="tiny", # `"tiny"`, or a folder written by `save_teacher`
+                 variant=None, # of its files, see `hub.pick`
                 )->Teacher:
     "Load a teacher, frozen and in evaluation mode"
     folder = WEIGHTS / "tiny" if name == "tiny" else Path(name)
@@ -128,8 +129,11 @@ def load_teacher(name:str|Path="tiny", # `"tiny"`, or a folder written by `save_
         raise UserError(f"no teacher in {str(folder)!r}: give 'tiny' or a folder that holds "
                         "denoiser/, vae/, text_encoder/, tokenizer/ and scheduler/")
     nets = dict(denoiser=TinyVideoDenoiser, vae=AutoencoderKL, text_encoder=CLIPTextModel)
-    nets = [load_part(cls, folder, part, torch.float32) for part, cls in nets.items()]
-    meta = json.loads((folder / "teacher.json").read_text())
+    nets = [load_part(cls, folder, part, torch.float32, variant) for part, cls in nets.items()]
+    meta = read_about(folder)
+    if not {"frames", "fps"} <= meta.keys():
+        raise UserError(f"{str(folder/'teacher.json')!r} does not tell frames and fps: give the "
+                        "folder as it was saved")
     return Teacher(str(name), *nets, load_part(PreTrainedTokenizerFast, folder, "tokenizer"),
                    load_part(DDIMScheduler, folder, "scheduler"), meta["frames"], meta["fps"])
 

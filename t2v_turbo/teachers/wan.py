@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Flow', 'with_places', 'GuidedWan', 'guided_wan', 'FlowTeacher', 'flow_scheduler', 'check_clip', 'WanTeacher',
-           'tiny_tokenizer', 'tiny_wan', 'save_wan', 'load_wan', 'wan_lora', 'save_wan_lora', 'stock_scheduler']
+           'as_history', 'tiny_tokenizer', 'tiny_wan', 'reach_of', 'save_wan', 'load_wan', 'wan_lora', 'save_wan_lora',
+           'stock_scheduler']
 
 # %% ../../nbs/14_wan.ipynb #99e9cfe1
 import html
-import json
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -25,11 +26,12 @@ from torch import Tensor, nn
 from transformers import (AutoTokenizer, CLIPTextModel, T5Tokenizer, UMT5Config,
                           UMT5EncoderModel)
 
+from ..base import at_least
 from ..consistency import few_step_grid, w_embedding
 from ..core import UserError, atomic, expand_to, write_json
 from ..schedule import Schedule
-from .base import (Teacher, check_size, check_whole, load_part,
-                                     save_parts, tokenize)
+from .base import (Teacher, check_size, check_whole, load_part, read_about,
+                                     read_object, save_parts, tokenize)
 
 # %% ../../nbs/14_wan.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -190,6 +192,8 @@ def check_clip(frames:int,  # frames of a clip
 # %% ../../nbs/14_wan.ipynb #2a4da18a
 class WanTeacher(FlowTeacher):
     "Wan 2.1: 4k+1 frames, a VAE that is causal in time, UMT5"
+    window:int = 21         # frames that the rewards of one step lie within: 6 latents with gradient
+    warm_up:int|None = None # latents of history before them, 1 or more; `None`: all, which is exact
     def __init__(self,
                  name:str,             # how logs and saved students call it
                  denoiser:GuidedWan,   # see `guided_wan`
@@ -240,21 +244,43 @@ def encode(self:WanTeacher,
         return (z - self.latent_mean) / self.latent_std
 
 @patch
-def decode(self:WanTeacher,
-           z:Tensor,            # latents `(b c k+1 h w)`
-           frames:Tensor|None=None,  # indices of the frames to return, 0..4k; all by default
-          )->Tensor:            # clips `(b 3 t' 8h 8w)` in [0,1], differentiable in `z`
-    "Latents to clips; the shortest prefix that holds the frames is decoded"
-    if frames is not None: z = z[:, :, :-(-int(frames.max()) // self.every) + 1]
-    x = self.vae.decode((z * self.latent_std + self.latent_mean).to(self.vae.dtype)).sample
-    x = x if frames is None else x[:, :, frames]
-    return (x.float() / 2 + .5).clamp(0, 1)
-
-@patch
 def lora_targets(self:WanTeacher)->list:
     "Names of all linear layers but the w-projection"
     return [n for n, m in self.denoiser.named_modules()
             if isinstance(m, nn.Linear) and not n.endswith("cond_proj")]
+
+# %% ../../nbs/14_wan.ipynb #d1f0a7c3
+@contextmanager
+def as_history(decoder, # Wan's, called latent by latent
+               n:int,   # latents
+              ):
+    "Within this context the first `n` latents of a clip pass without gradient and give no frames"
+    at, forward = [0], decoder.forward
+    def run(x, *args, first_chunk=False, **kwargs):
+        at[0] = 0 if first_chunk else at[0] + 1
+        if at[0] >= n: return forward(x, *args, first_chunk=first_chunk, **kwargs)
+        with torch.no_grad():
+            return forward(x, *args, first_chunk=first_chunk, **kwargs)[:, :, :0]
+    decoder.forward = run
+    try: yield
+    finally: del decoder.forward
+
+@patch
+def decode(self:WanTeacher,
+           z:Tensor,            # latents `(b c k+1 h w)`
+           frames:Tensor|None=None,  # indices of the frames to return, 0..4k; all by default
+          )->Tensor:            # clips `(b 3 t' 8h 8w)` in [0,1], differentiable in `z`
+    "Latents to clips; with `frames`, latents before the first one's are history, see `as_history`"
+    start = first = 0
+    if self.warm_up is not None: at_least(dict(warm_up=self.warm_up), warm_up=1)
+    if frames is not None:
+        start, end = (-(-int(f) // self.every) for f in (frames.min(), frames.max()))
+        first = 0 if self.warm_up is None else max(0, start - self.warm_up)
+        z, frames = z[:, :, first:end + 1], frames - max(0, self.every*(start - 1) + 1)
+    with as_history(self.vae.decoder, start - first):
+        x = self.vae.decode((z * self.latent_std + self.latent_mean).to(self.vae.dtype)).sample
+    x = x if frames is None else x[:, :, frames]
+    return (x.float() / 2 + .5).clamp(0, 1)
 
 # %% ../../nbs/14_wan.ipynb #5739c628
 def tiny_tokenizer()->T5Tokenizer:
@@ -278,6 +304,17 @@ def tiny_wan(seed:int=0,        # of the random weights
                                            num_heads=4))
     return WanTeacher("tiny-wan", guided_wan(net), vae, text, tiny_tokenizer(), flow_scheduler(),
                       frames, 16, size, tokens)
+
+# %% ../../nbs/14_wan.ipynb #71a823ec
+def reach_of(vae:AutoencoderKLWan, # any size; no weights are read
+            )->float:              # latents
+    "Return how many latents before its own a frame can depend on"
+    rate, back = 1, 0.
+    for name, m in vae.decoder.named_modules():
+        if not isinstance(m, nn.Conv3d): continue
+        back += (m.kernel_size[0] - 1)/rate
+        if name.endswith("time_conv"): rate *= 2           # from here on twice the frames
+    return back
 
 # %% ../../nbs/14_wan.ipynb #a115854b
 _KINDS = dict(AutoencoderKLWan=(AutoencoderKLWan, UMT5EncoderModel),
@@ -305,7 +342,9 @@ def _class_of(folder, part, file="config.json"):
     if not path.is_file():
         raise UserError(f"{str(folder)!r} has no {part}/{file}: give a folder of Wan 2.1 in "
                         "diffusers' layout, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
-    return json.loads(path.read_text())["_class_name"]
+    found = read_object(path, "the folder as it was published").get("_class_name")
+    if isinstance(found, str): return found
+    raise UserError(f"{str(path)!r} lacks the name of its class: give it as it was published")
 
 def _check_fit(teacher, folder):
     "Refuse latents that the transformer cannot take"
@@ -324,10 +363,10 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
              size:tuple|None=None,  # height and width
              fps:int|None=None,     # frames a second
              dtype=torch.float32, # of all weights; the time layers of Wan stay float32
+             variant=None,        # of its files, see `hub.pick`
             )->FlowTeacher:
     "Load a flow teacher, frozen and in evaluation mode"
-    about = Path(folder)/"teacher.json"
-    about = json.loads(about.read_text()) if about.is_file() else {}
+    about = read_about(folder)
     found = _class_of(folder, "transformer"), _class_of(folder, "vae")
     if found[0] != "WanTransformer3DModel" or found[1] not in _KINDS:
         raise UserError(f"{str(folder)!r} holds a {found[0]} with an {found[1]}: give Wan 2.1")
@@ -338,9 +377,13 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
         if given[k] is not None: check_whole(k, given[k])
     given = {k: tuple(v) if k == "size" else v for k, v in given.items() if v is not None}
     cls = WanTeacher if vae is AutoencoderKLWan else FlowTeacher
-    scheduler = getattr(diffusers, _class_of(folder, "scheduler", "scheduler_config.json"))
-    words, eyes = load_part(text, folder, "text_encoder", dtype), load_part(vae, folder, "vae", dtype)
-    net = guided_wan(load_part(WanTransformer3DModel, folder, "transformer", dtype))
+    name = _class_of(folder, "scheduler", "scheduler_config.json")
+    if (scheduler := getattr(diffusers, name, None)) is None:
+        raise UserError(f"{str(folder)!r} names a scheduler {name} that diffusers does not have: "
+                        "give the folder as it was published")
+    part = lambda kind, name: load_part(kind, folder, name, dtype, variant)
+    words, eyes = part(text, "text_encoder"), part(vae, "vae")
+    net = guided_wan(part(WanTransformer3DModel, "transformer")) # last: it is read tensor by tensor
     teacher = cls(str(folder), net, eyes, words,
                   load_part(AutoTokenizer, folder, "tokenizer"),
                   load_part(scheduler, folder, "scheduler"), **given)
