@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'OLD', 'FILES', 'expand_to', 'frames_of', 'clips_of', 'make_gen', 'pick_device', 'pick_dtype', 'as_dtype',
            'step_seed', 'step_gen', 'strip', 'show_strips', 'atomic', 'restore', 'sweep', 'write_json', 'fetch_beside',
-           'write_video', 'video_html', 'UserError']
+           'check_finite', 'write_video', 'video_html', 'UserError']
 
 # %% ../nbs/00_core.ipynb #5fa9660b
 import base64, errno, hashlib, json, os, shutil, tempfile, time
@@ -210,6 +210,22 @@ def _frames_u8(clip, short=128):
     x = clip.detach().float().clamp(0, 1).mul(255).round().byte().cpu().permute(1, 2, 3, 0)
     return x.repeat_interleave(k, 1).repeat_interleave(k, 2).contiguous().numpy()
 
+# %% ../nbs/00_core.ipynb #42fd3add
+_MEND = dict(float16='load the weights in bfloat16 or float32',
+             bfloat16='load the weights in float32',
+             float32='take another copy of the weights, or an earlier checkpoint')
+
+def check_finite(x:Tensor,   # any shape (...)
+                 what:str,   # names `x` in the error
+                 dtype=None, # precision of the network that made `x`, where it is known
+                )->Tensor:   # `x`
+    "Raise `UserError` if a number is NaN or infinite"
+    if x.isfinite().all(): return x
+    name = str(dtype).removeprefix('torch.')
+    mend = _MEND.get(name, 'sample in float32, or take an earlier checkpoint')
+    told = f' in {name}' if dtype else ''
+    raise UserError(f'{what} is NaN or infinite{told}: {mend}')
+
 # %% ../nbs/00_core.ipynb #e3873f56
 def _write_mp4(path, x, fps):
     import av
@@ -231,6 +247,7 @@ def write_video(path,        # ends in .mp4 or .gif
     "Write one clip as a video, whole or not at all"
     write = {'.mp4': _write_mp4, '.gif': _write_gif}.get(Path(path).suffix.lower())
     if write is None: raise UserError(f'{path}: cannot write this kind of file; use .mp4 or .gif')
+    check_finite(clip, f'the clip for {str(path)!r}')
     with atomic(path) as tmp: write(tmp, _frames_u8(clip), fps)
 
 # %% ../nbs/00_core.ipynb #9a663b6c

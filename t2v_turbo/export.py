@@ -14,6 +14,7 @@ from diffusers import LCMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from .consistency import w_embedding
 from .core import UserError, atomic, write_json
 from .pipeline import T2VTurboPipeline
+from .student import steps_of
 from .teachers.base import new_folder
 from .teachers.published import COND, rebuild
 
@@ -40,18 +41,20 @@ def fold_w(unet:UNet3DConditionModel, # a student with LoRA merged; unchanged
 def export_stock(pipe:T2VTurboPipeline, # from any student of a UNet teacher
                  out:str|Path,          # folder to write; must not exist
                  w:float|None=None, # guidance scale, fixed from now on; the pipeline's default
-                 origin_steps:int=50,   # timesteps of the training grid; 200 for T2V-Turbo-v2
+                 origin_steps:int|None=None, # timesteps of the training grid; the pipeline's
                 )->Path:                # `out`
     "Write a student for `TextToVideoSDPipeline`; sample it with `guidance_scale=1`"
     new_folder(out)
     w = pipe.config.guidance_scale if w is None else w
+    steps_of(dict(steps=pipe.config.steps, origin=pipe.config.origin_steps), None, origin_steps)
+    origin_steps = origin_steps or pipe.config.origin_steps
     lcm = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=origin_steps,
                                    clip_sample=False, thresholding=False)
     unet, model = fold_w(pipe.denoiser, w), pipe.as_teacher()
     stock = TextToVideoSDPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, unet, lcm)
     _, frames, height, width = model.video_shape
     about = dict(w=w, num_frames=frames, height=height, width=width, fps=model.fps,
-                 guidance_scale=1, num_inference_steps=4)
+                 guidance_scale=1, num_inference_steps=pipe.config.steps)
     with atomic(out) as tmp:
         stock.save_pretrained(tmp)
         write_json(tmp/"about.json", about)

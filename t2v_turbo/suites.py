@@ -138,14 +138,14 @@ def jobs(prompts:list, # from `read_suite`
 # %% ../nbs/43_prompts.ipynb #372449c9
 # sample: (prompts list[str], seeds list[int]) -> clips (b c t h w) in [0,1]
 def by_student(pipe:T2VTurboPipeline, # on its device
-               steps:int=4,           # network calls a clip, 1..16
+               steps:int|None=None,   # network calls a clip, 1..16; the student's own if `None`
                w:float|None=None,          # guidance scale; the student's own default if `None`
               )->Callable:            # prompts and seeds to clips
     "Sample a student, each clip from its own seed"
     pipe.set_progress_bar_config(disable=True)
     def sample(prompts, seeds):
         gens = [make_gen(s) for s in seeds]
-        return pipe(prompts, steps, w, generator=gens).frames.transpose(1, 2)
+        return pipe(prompts, steps, w, generator=gens, output_type="pt").frames.transpose(1, 2)
     return sample
 
 def by_teacher(teacher:Teacher, # on its device

@@ -76,7 +76,7 @@ def test_commands_in_a_fresh_process(site, folder, tmp_path, installed):
         assert main(["distill", "--teacher", sys.argv[1], *small, "--out", "run"]) == 0
         assert main(["sample", "--student", "run/student", "--dtype", "bfloat16", "--out", "videos"]) == 0
         pipe = T2VTurboPipeline.from_pretrained("run/student")
-        torch.save(pipe("a red circle", generator=make_gen(0)).frames, "want.pt")
+        torch.save(pipe("a red circle", generator=make_gen(0), output_type="pt").frames, "want.pt")
         pipe.save_pretrained("pipe")
     """
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
@@ -86,7 +86,7 @@ def test_commands_in_a_fresh_process(site, folder, tmp_path, installed):
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
     importlib.import_module("cogvideox")                  # as diffusers demands of modules that are not its own
     pipe = T2VTurboPipeline.from_pretrained(tmp_path / "pipe")
-    got, want = pipe("a red circle", generator=make_gen(0)).frames, torch.load(tmp_path / "want.pt", weights_only=True)
+    got, want = pipe("a red circle", generator=make_gen(0), output_type="pt").frames, torch.load(tmp_path / "want.pt", weights_only=True)
     assert got.shape == (1, 9, 3, 32, 32)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 

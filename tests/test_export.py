@@ -71,10 +71,10 @@ def test_stock_diffusers_gives_our_frames(pipe, tmp_path, monkeypatch, n, b):
     got = stock(prompts, num_inference_steps=n, guidance_scale=1, num_frames=3, output_type='pt',
                 generator=make_gen(2), **size).frames
     monkeypatch.setattr(pipeline, 'randn_tensor', Frames())
-    want = pipe(prompts, n, 7.5, generator=make_gen(2)).frames
+    want = pipe(prompts, n, 7.5, generator=make_gen(2), output_type='pt').frames
     near(torch.as_tensor(got), want)
     monkeypatch.setattr(pipeline, 'randn_tensor', Frames())
-    other = pipe(prompts, n, 4., generator=make_gen(2)).frames
+    other = pipe(prompts, n, 4., generator=make_gen(2), output_type='pt').frames
     assert (other - want).abs().max() > 1e-3          # w matters in this student
 
 

@@ -60,7 +60,7 @@ def test_any_converted_folder(at, name):
     more = SMALL if 'vc2' in name and 'adapters' not in name else {}
     pipe = open_pipe(at/name, **more)
     shape = (2, 3, 3, 16, 24) if more else (2, 16, 3, 32, 32)
-    out = pipe(['a panda', 'an'], generator=make_gen(0)).frames
+    out = pipe(['a panda', 'an'], generator=make_gen(0), output_type='pt').frames
     assert out.shape == shape and out.isfinite().all() and 0 <= out.min() < out.max() <= 1
     assert pipe.config.fps == (8 if 'merged' in name or 'ms' in name else 16)
 
@@ -116,7 +116,7 @@ def test_guidance_is_embedded_as_it_is_and_the_last_denoised_is_decoded(at):
     emb, ctx, steps = w_embedding(torch.tensor([7.5])), model.encode_text(['a']), []
     one = consistency_fn(z, model.denoise(z, t, ctx, emb)[0], t)
     torch.testing.assert_close(pipe('a', 1, 7.5, latents=z, output_type='latent').frames, one)
-    pixels = pipe('a', 1, 7.5, latents=z).frames
+    pixels = pipe('a', 1, 7.5, latents=z, output_type='pt').frames
     torch.testing.assert_close(pixels, model.decode(one).transpose(1, 2), rtol=1e-3, atol=1e-4)
     last = pipe('a', 4, 7.5, generator=make_gen(1), output_type='latent',
                 callback_on_step_end=lambda p, i, t, kw: steps.append(kw['denoised'])).frames
@@ -130,7 +130,7 @@ def test_half_precision(at, name, dtype):
     half, full = open_pipe(at/name, dtype=dtype, **more), open_pipe(at/name, **more)
     for part in (half.denoiser, half.vae, half.text_encoder):
         assert {p.dtype for p in part.parameters()} == {dtype}
-    a, b = (p('a panda', 2, generator=make_gen(0)).frames for p in (half, full))
+    a, b = (p('a panda', 2, generator=make_gen(0), output_type='pt').frames for p in (half, full))
     assert a.dtype == torch.float32 and a.isfinite().all()
     assert (a - b).abs().mean() < .05
 
@@ -148,28 +148,28 @@ class Watch(ModelHook):
 def test_every_use_of_a_network_passes_the_offloading_hooks(at, monkeypatch):
     "In the order of `model_cpu_offload_seq`; and sampling itself moves no weights"
     pipe, seen = open_pipe(at/'ms whole', frames=2), []
-    want = pipe('a', 2, generator=make_gen(0)).frames
+    want = pipe('a', 2, generator=make_gen(0), output_type='pt').frames
     for n in ('text_encoder', 'denoiser', 'vae'):
         add_hook_to_module(getattr(pipe, n), Watch(seen, n))
     def moved(self, *args, **kwargs): raise AssertionError(f'{type(self).__name__} was moved')
     monkeypatch.setattr(torch.nn.Module, 'to', moved)
-    torch.testing.assert_close(pipe('a', 2, generator=make_gen(0)).frames, want)
+    torch.testing.assert_close(pipe('a', 2, generator=make_gen(0), output_type='pt').frames, want)
     assert list(dict.fromkeys(seen)) == pipe.model_cpu_offload_seq.split('->')
 
 
 def test_vae_slicing(at, monkeypatch):
     pipe = open_pipe(at/'ms whole', frames=3)
-    want = pipe('a', 1, generator=make_gen(0)).frames
+    want = pipe('a', 1, generator=make_gen(0), output_type='pt').frames
     pipe.vae.enable_slicing()
     sizes, plain = [], pipe.vae.decoder.forward
     monkeypatch.setattr(pipe.vae.decoder, 'forward', lambda z, *a: sizes.append(len(z)) or plain(z, *a))
-    torch.testing.assert_close(pipe('a', 1, generator=make_gen(0)).frames, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pipe('a', 1, generator=make_gen(0), output_type='pt').frames, want, rtol=1e-4, atol=1e-5)
     assert sizes == [1, 1, 1]
 
 
 def test_sizes_of_the_call(at):
     pipe = open_pipe(at/'ms whole', frames=2)
-    assert pipe('a', 1, num_frames=3, height=24, width=40).frames.shape == (1, 3, 3, 24, 40)
+    assert pipe('a', 1, num_frames=3, height=24, width=40, output_type='pt').frames.shape == (1, 3, 3, 24, 40)
     with pytest.raises(UserError, match='nearest is 24x40'): pipe('a', 1, height=25, width=40)
     with pytest.raises(UserError, match='num_frames -1'): pipe('a', 1, num_frames=-1)
 
@@ -193,7 +193,7 @@ def test_a_pipeline_that_was_saved_comes_back(at, tmp_path):
     pipe.save_pretrained(tmp_path/'p')
     again = open_pipe(tmp_path/'p')
     assert (again.config.height, again.config.width, again.config.num_frames, again.config.fps) == (16, 24, 3, 8)
-    a, b = (p('an', 2, generator=make_gen(0)).frames for p in (pipe, again))
+    a, b = (p('an', 2, generator=make_gen(0), output_type='pt').frames for p in (pipe, again))
     torch.testing.assert_close(a, b)
 
 

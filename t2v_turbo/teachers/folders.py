@@ -100,8 +100,8 @@ def load_unet_teacher(folder:str|Path,  # ModelScopeT2V, or a converted VideoCra
     chosen = fps is not None and "fps" in about
     frames = check_whole("frames", about.get("frames", 16) if frames is None else frames)
     fps = check_whole("fps", about.get("fps", 8) if fps is None else fps)
-    unet, vae, text = (load_part(cls, folder, n, dtype, variant) for cls, n in (
-        (UNet3DConditionModel, "unet"), (AutoencoderKL, "vae"), (CLIPTextModel, "text_encoder")))
+    text, vae, unet = (load_part(cls, folder, n, dtype, variant) for cls, n in ( # the largest last
+        (CLIPTextModel, "text_encoder"), (AutoencoderKL, "vae"), (UNet3DConditionModel, "unet")))
     tokenizer = load_part(CLIPTokenizer, folder, "tokenizer")
     places = text.config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, places)

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..core import UserError, atomic, make_gen, write_json
 from .base import (Teacher, check_whole, load_part, new_folder, read_about,
-                                     read_torch)
+                                     read_torch, save_adapters)
 from .videocrafter2 import (FPS_FILE, fps_bias, set_fps, unet_from_vc2,
                                               vc2_lora_layers, vc2_to_diffusers, writing)
 
@@ -225,8 +225,8 @@ def _write_adapters(out, unet, named, extra, about):
     marks = Teacher.fingerprints(SimpleNamespace(denoiser=unet))
     config = lora_config(named)
     with atomic(out) as tmp:
-        config.save_pretrained(tmp)
-        save_file(to_peft(named) | extra, tmp / "adapter_model.safetensors")
+        tmp.mkdir()
+        save_adapters(to_peft(named) | extra, config, tmp)
         options = {k: about[k] for k in ("fps",) if k in about}       # for its loader
         write_json(tmp / "student.json", dict(teacher=about["base_model"], options=options,
                                               rank=config.r, fingerprints=marks, about=about))

@@ -381,9 +381,10 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
     if (scheduler := getattr(diffusers, name, None)) is None:
         raise UserError(f"{str(folder)!r} names a scheduler {name} that diffusers does not have: "
                         "give the folder as it was published")
-    net = guided_wan(load_part(WanTransformer3DModel, folder, "transformer", dtype, variant))
-    teacher = cls(str(folder), net, load_part(vae, folder, "vae", dtype, variant),
-                  load_part(text, folder, "text_encoder", dtype, variant),
+    part = lambda kind, name: load_part(kind, folder, name, dtype, variant)
+    words, eyes = part(text, "text_encoder"), part(vae, "vae")
+    net = guided_wan(part(WanTransformer3DModel, "transformer")) # last: it is read tensor by tensor
+    teacher = cls(str(folder), net, eyes, words,
                   load_part(AutoTokenizer, folder, "tokenizer"),
                   load_part(scheduler, folder, "scheduler"), **given)
     _check_fit(teacher, folder)
