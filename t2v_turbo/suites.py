@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.request import urlopen
@@ -23,7 +22,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .base import at_least, is_rubbish
-from .checkpoints import claim
+from .checkpoints import claim_together
 from .core import UserError, atomic, make_gen, pick_device, write_json, write_video
 from .data import ROWS, probe
 from .pipeline import T2VTurboPipeline, sample_teacher
@@ -207,7 +206,7 @@ def generate(sample:Callable, # prompts and seeds to clips, see `by_student`
     if not todo: raise UserError("no videos to make: the prompt file is empty")
     at_least(dict(batch=batch), batch=1)
     _agree(out, settings)
-    with claim(out) if main else nullcontext():
+    with claim_together(out, state):
         if main: _note(out, settings, todo)
         part.mkdir(exist_ok=True, parents=True); videos.mkdir(exist_ok=True)
         mine = todo[state.process_index::state.num_processes]
