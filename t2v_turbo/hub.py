@@ -214,10 +214,11 @@ def _arriving(name):
         with bars(): yield
     except UserError: raise
     except Exception as e:
-        if status_of(e): raise UserError(in_words(e, name)) from None
+        kept = "run it again, what has come is kept"
+        if refused(e): raise UserError(in_words(e, name)) from None
+        if status_of(e): raise UserError(f"{in_words(e, name)}; {kept}") from None
         why = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
-        raise UserError(f"{name!r} did not come whole ({why}): run it again, what has come is "
-                        "kept") from None
+        raise UserError(f"{name!r} did not come whole ({why}): {kept}") from None
 
 def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
                  variant=None, # see `pick`

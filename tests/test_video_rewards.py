@@ -3,7 +3,8 @@
 import pytest
 import reward_checks as rc
 import torch
-from transformers import BertTokenizer, VideoPrismTokenizer
+import transformers
+from transformers import BertTokenizer
 
 from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.rewards import clip, internvideo2 as iv2, names, videoprism as prism, viclip
@@ -274,7 +275,9 @@ def test_internvideo2_file(tmp_path, monkeypatch):
         assert rm(rc.clips(rm), rc.PROMPTS[:2]).shape == (2,)
     ids = rm.tokenizer("a dog").input_ids
     assert ids[0] == 2 and ids[-1] == 3 and rm.tokenizer.pad_token_id == 0
-    with pytest.raises(UserError, match="no tokenizer"): iv2.internvideo2(tmp_path/"i.pt", tmp_path/"nothing")
+    with pytest.raises(UserError, match="internvideo2: no folder"): iv2.internvideo2(tmp_path/"i.pt", tmp_path/"nothing")
+    (tmp_path/"empty").mkdir()
+    with pytest.raises(UserError, match="no tokenizer"): iv2.internvideo2(tmp_path/"i.pt", tmp_path/"empty")
 
 
 # --- VideoPrism ----------------------------------------------------------------------------------

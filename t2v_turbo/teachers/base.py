@@ -235,7 +235,7 @@ def tokens_id(tokenizer,   # any `transformers` tokenizer
               length:int,  # tokens that the network reads
              )->str:       # 16 hex digits
     "What a tokenizer makes of two sentences"
-    ids = tokenizer(_PROBE)["input_ids"]
+    ids = tokenizer(list(_PROBE), truncation=False)["input_ids"]
     return hashlib.sha256(json.dumps([ids, length]).encode()).hexdigest()[:16]
 
 @patch
