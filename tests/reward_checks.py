@@ -3,6 +3,7 @@ import math
 import warnings
 from functools import partial
 import torch
+import transformers
 from torch import nn
 from t2v_turbo.core import make_gen
 from t2v_turbo.rewards import clip, internvideo2 as iv2, tiny, videoprism as prism, viclip
@@ -61,7 +62,8 @@ def videoprism(save_memory=False):
 
 IMAGE = dict(hpsv2=clip_reward("letterbox"), clipscore=clip_reward("squash"),
              crop=clip_reward("crop"), aesthetic=aesthetic, imagereward=imagereward)
-VIDEO = dict(viclip=viclip_reward, internvideo2=internvideo2, videoprism=videoprism)
+VIDEO = dict(viclip=viclip_reward, internvideo2=internvideo2) | (
+    dict(videoprism=videoprism) if hasattr(transformers, 'VideoPrismClipModel') else {})      # in transformers since 5.13
 TINY = {name: partial(tiny.load_reward, name) for name in tiny.REWARD_KINDS}     # the shipped weights
 ALL = IMAGE | VIDEO | TINY
 

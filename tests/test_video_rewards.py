@@ -282,6 +282,17 @@ def test_internvideo2_file(tmp_path, monkeypatch):
 
 # --- VideoPrism ----------------------------------------------------------------------------------
 
+has_prism = pytest.mark.skipif(not hasattr(transformers, "VideoPrismClipModel"), reason="transformers has VideoPrism since 5.13")
+
+
+def test_a_transformers_without_videoprism(monkeypatch, tmp_path):
+    "The sentence names the version that is needed; the other rewards do not mind"
+    monkeypatch.delattr(transformers, "VideoPrismClipModel", raising=False)
+    with pytest.raises(UserError, match="needs transformers 5.13 or newer, but .* is installed"): prism.videoprism(tmp_path)
+    assert "videoprism-base" in names.facts_table()
+
+
+@has_prism
 @pytest.mark.parametrize("large,millions,frames", [(False, 248, 16), (True, 580, 8)])
 def test_videoprism_full_size(large, millions, frames):
     with torch.device("meta"): rm = prism.videoprism_full(large)
@@ -289,9 +300,10 @@ def test_videoprism_full_size(large, millions, frames):
     assert (rm.facts.frames, rm.facts.size, rm.facts.tokens) == (frames, 288, 64)
 
 
+@has_prism
 def test_videoprism_folder(tmp_path):
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{w}" for w in rc.WORDS)]
-    words = VideoPrismTokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], model_max_length=64)
+    words = transformers.VideoPrismTokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], model_max_length=64)
     prism.tiny_videoprism(frames=8).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no tokenizer"): prism.videoprism(tmp_path, facts=prism.PRISM_L)
     words.save_pretrained(tmp_path)
@@ -303,6 +315,7 @@ def test_videoprism_folder(tmp_path):
 
 
 @torch.no_grad()
+@has_prism
 def test_videoprism_masks_the_padding():
     rm = rc.build("videoprism")
     u, rm.facts = rm.text_features(["a dog"]), prism.replace(rm.facts, tokens=7)
