@@ -214,11 +214,19 @@ def _arriving(name):
         with bars(): yield
     except UserError: raise
     except Exception as e:
-        kept = "run it again, what has come is kept"
+        kept = "run it again, the files that came whole are kept"
         if refused(e): raise UserError(in_words(e, name)) from None
         if status_of(e): raise UserError(f"{in_words(e, name)}; {kept}") from None
         why = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
         raise UserError(f"{name!r} did not come whole ({why}): {kept}") from None
+
+def _patiently(get, tries=3):
+    "Once more after a connection that broke off; a file goes on where it stopped"
+    for left in reversed(range(tries)):
+        try: return get()
+        except Exception as e:
+            broke = type(e).__module__.startswith("httpx") or isinstance(e, ConnectionError)
+            if not left or not broke: raise
 
 def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
                  variant=None, # see `pick`
@@ -242,8 +250,9 @@ def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
         files = wanted(sizes if weights else small, parts, variant, dtype)
         if not files: raise UserError(f"{name!r} holds no file of a model: give another name")
         _announce(name, {f: sizes[f] for f in files}, _snapshots(repo)/info.sha)
-        return Path(snapshot_download(repo, revision=revision,
-                                      allow_patterns=[glob.escape(f) for f in files]))
+        exact = [glob.escape(f) for f in files]
+        return Path(_patiently(lambda: snapshot_download(repo, revision=revision,
+                                                         allow_patterns=exact)))
 
 # %% ../nbs/08_hub.ipynb #b9ab2bd9
 def fetch_file(name:str, # `owner/name/file`, or `owner/name@revision/file`
@@ -264,4 +273,4 @@ def fetch_file(name:str, # `owner/name/file`, or `owner/name@revision/file`
                         f"listed on {constants.ENDPOINT}/{repo}")
     with _arriving(name):
         _announce(name, {file: sizes[file]}, _snapshots(repo)/info.sha)
-        return Path(hf_hub_download(repo, file, revision=revision))
+        return Path(_patiently(lambda: hf_hub_download(repo, file, revision=revision)))
