@@ -228,6 +228,13 @@ def _patiently(get, tries=3):
             broke = type(e).__module__.startswith("httpx") or isinstance(e, ConnectionError)
             if not left or not broke: raise
 
+def _snapshot(repo, revision, files):
+    "The hub's own download; older versions return half a snapshot if the hub goes away meanwhile"
+    exact = [glob.escape(f) for f in files]
+    at = Path(snapshot_download(repo, revision=revision, allow_patterns=exact))
+    if gone := [f for f in files if not (at/f).exists()]: raise ConnectionError(f"no {gone[0]}")
+    return at
+
 def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
                  variant=None, # see `pick`
                  dtype=None,   # see `pick`
@@ -250,9 +257,7 @@ def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
         files = wanted(sizes if weights else small, parts, variant, dtype)
         if not files: raise UserError(f"{name!r} holds no file of a model: give another name")
         _announce(name, {f: sizes[f] for f in files}, _snapshots(repo)/info.sha)
-        exact = [glob.escape(f) for f in files]
-        return Path(_patiently(lambda: snapshot_download(repo, revision=revision,
-                                                         allow_patterns=exact)))
+        return _patiently(lambda: _snapshot(repo, revision, files))
 
 # %% ../nbs/08_hub.ipynb #b9ab2bd9
 def fetch_file(name:str, # `owner/name/file`, or `owner/name@revision/file`
