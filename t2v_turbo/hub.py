@@ -141,12 +141,14 @@ def in_words(e:Exception, # raised by huggingface_hub
     return (f"{name!r} is not in the cache, and the hub cannot be reached ({why}): connect once, "
             "or give the path of a copy")
 
-# %% ../nbs/08_hub.ipynb #31c26836
+# %% ../nbs/08_hub.ipynb #81236d5a
+def _at(repo): return Path(constants.HF_HUB_CACHE)/f"models--{repo.replace('/', '--')}"
+
 def cached(repo:str,      # `owner/name`
            revision=None, # branch, tag or commit; `None`: main
           )->Path|None:   # a folder of the hub's cache
     "What was fetched of a repository, for use without a network"
-    at = Path(constants.HF_HUB_CACHE)/f"models--{repo.replace('/', '--')}"
+    at = _at(repo)
     ref = at/"refs"/(revision or "main")
     found = at/"snapshots"/(ref.read_text().strip() if ref.is_file() else revision or "main")
     return found if found.is_dir() else None
@@ -194,9 +196,8 @@ def _announce(name, sizes, at):
     if (free := shutil.disk_usage(home).free) < total:
         raise UserError(f"{name!r} needs {amount(total)} but {str(home)!r} has room for "
                         f"{amount(free)}: make room, or set HF_HOME to another disk")
-    if new: print(f"fetching {name}: {len(new)} files, {amount(total)}", file=sys.stderr, flush=True)
-
-def _snapshots(repo): return Path(constants.HF_HUB_CACHE)/f"models--{repo.replace('/', '--')}"/"snapshots"
+    line = f"fetching {name}: {len(new)} files, {amount(total)}"
+    if new: print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/08_hub.ipynb #e19c4db4
 def _ask(name, get):
@@ -256,7 +257,7 @@ def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
         small = [f for f in sizes if f.endswith(_SMALL)]
         files = wanted(sizes if weights else small, parts, variant, dtype)
         if not files: raise UserError(f"{name!r} holds no file of a model: give another name")
-        _announce(name, {f: sizes[f] for f in files}, _snapshots(repo)/info.sha)
+        _announce(name, {f: sizes[f] for f in files}, _at(repo)/"snapshots"/info.sha)
         return _patiently(lambda: _snapshot(repo, revision, files))
 
 # %% ../nbs/08_hub.ipynb #b9ab2bd9
@@ -277,5 +278,5 @@ def fetch_file(name:str, # `owner/name/file`, or `owner/name@revision/file`
         raise UserError(f"{whole!r} has no file {file!r}{nearest(file, sizes)}: give one that is "
                         f"listed on {constants.ENDPOINT}/{repo}")
     with _arriving(name):
-        _announce(name, {file: sizes[file]}, _snapshots(repo)/info.sha)
+        _announce(name, {file: sizes[file]}, _at(repo)/"snapshots"/info.sha)
         return Path(_patiently(lambda: hf_hub_download(repo, file, revision=revision)))
