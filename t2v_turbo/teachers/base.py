@@ -361,8 +361,8 @@ def check_peft():
     try: getattr(import_utils, "is_torchao_available", bool)()
     except ImportError:
         raise UserError(f"torchao {version('torchao')} is too old for peft {version('peft')}, "
-                        "which cannot make a LoRA layer beside it: run `pip uninstall -y torchao` (it is "
-                        "not needed here), or `pip install -U torchao`") from None
+                        "which cannot make a LoRA layer beside it: run `pip uninstall -y torchao` "
+                        "(it is not needed here), or `pip install -U torchao`") from None
 
 # %% ../../nbs/10_teachers.ipynb #cf2a9d91
 NEEDED = dict(                            # keys whose defaults would pass unnoticed
@@ -499,7 +499,8 @@ def read_about(folder:str|Path, # of a teacher
     odd = [k for k in ("frames", "fps") if found.get(k) is not None and not number(found[k])]
     if odd := odd + ["size"]*(not good):
         told = ", ".join(f"{k} is {found[k]!r}" for k in odd)
-        raise UserError(f"{str(path)!r} is damaged ({told}): give numbers for frames and fps, height and width for size")
+        raise UserError(f"{str(path)!r} is damaged ({told}): give numbers for frames and fps, "
+                        "height and width for size")
     return found
 
 # %% ../../nbs/10_teachers.ipynb #fe5154a9
