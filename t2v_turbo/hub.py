@@ -141,12 +141,14 @@ def in_words(e:Exception, # raised by huggingface_hub
     return (f"{name!r} is not in the cache, and the hub cannot be reached ({why}): connect once, "
             "or give the path of a copy")
 
-# %% ../nbs/08_hub.ipynb #31c26836
+# %% ../nbs/08_hub.ipynb #81236d5a
+def _at(repo): return Path(constants.HF_HUB_CACHE)/f"models--{repo.replace('/', '--')}"
+
 def cached(repo:str,      # `owner/name`
            revision=None, # branch, tag or commit; `None`: main
           )->Path|None:   # a folder of the hub's cache
     "What was fetched of a repository, for use without a network"
-    at = Path(constants.HF_HUB_CACHE)/f"models--{repo.replace('/', '--')}"
+    at = _at(repo)
     ref = at/"refs"/(revision or "main")
     found = at/"snapshots"/(ref.read_text().strip() if ref.is_file() else revision or "main")
     return found if found.is_dir() else None
@@ -194,9 +196,8 @@ def _announce(name, sizes, at):
     if (free := shutil.disk_usage(home).free) < total:
         raise UserError(f"{name!r} needs {amount(total)} but {str(home)!r} has room for "
                         f"{amount(free)}: make room, or set HF_HOME to another disk")
-    if new: print(f"fetching {name}: {len(new)} files, {amount(total)}", file=sys.stderr, flush=True)
-
-def _snapshots(repo): return Path(constants.HF_HUB_CACHE)/f"models--{repo.replace('/', '--')}"/"snapshots"
+    line = f"fetching {name}: {len(new)} files, {amount(total)}"
+    if new: print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/08_hub.ipynb #e19c4db4
 def _ask(name, get):
@@ -214,10 +215,26 @@ def _arriving(name):
         with bars(): yield
     except UserError: raise
     except Exception as e:
-        if status_of(e): raise UserError(in_words(e, name)) from None
+        kept = "run it again, the files that came whole are kept"
+        if refused(e): raise UserError(in_words(e, name)) from None
+        if status_of(e): raise UserError(f"{in_words(e, name)}; {kept}") from None
         why = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
-        raise UserError(f"{name!r} did not come whole ({why}): run it again, what has come is "
-                        "kept") from None
+        raise UserError(f"{name!r} did not come whole ({why}): {kept}") from None
+
+def _patiently(get, tries=3):
+    "Once more after a connection that broke off; a file goes on where it stopped"
+    for left in reversed(range(tries)):
+        try: return get()
+        except Exception as e:
+            broke = type(e).__module__.startswith("httpx") or isinstance(e, ConnectionError)
+            if not left or not broke: raise
+
+def _snapshot(repo, revision, files):
+    "The hub's own download; older versions return half a snapshot if the hub goes away meanwhile"
+    exact = [glob.escape(f) for f in files]
+    at = Path(snapshot_download(repo, revision=revision, allow_patterns=exact))
+    if gone := [f for f in files if not (at/f).exists()]: raise ConnectionError(f"no {gone[0]}")
+    return at
 
 def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
                  variant=None, # see `pick`
@@ -240,9 +257,8 @@ def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
         small = [f for f in sizes if f.endswith(_SMALL)]
         files = wanted(sizes if weights else small, parts, variant, dtype)
         if not files: raise UserError(f"{name!r} holds no file of a model: give another name")
-        _announce(name, {f: sizes[f] for f in files}, _snapshots(repo)/info.sha)
-        return Path(snapshot_download(repo, revision=revision,
-                                      allow_patterns=[glob.escape(f) for f in files]))
+        _announce(name, {f: sizes[f] for f in files}, _at(repo)/"snapshots"/info.sha)
+        return _patiently(lambda: _snapshot(repo, revision, files))
 
 # %% ../nbs/08_hub.ipynb #b9ab2bd9
 def fetch_file(name:str, # `owner/name/file`, or `owner/name@revision/file`
@@ -262,5 +278,5 @@ def fetch_file(name:str, # `owner/name/file`, or `owner/name@revision/file`
         raise UserError(f"{whole!r} has no file {file!r}{nearest(file, sizes)}: give one that is "
                         f"listed on {constants.ENDPOINT}/{repo}")
     with _arriving(name):
-        _announce(name, {file: sizes[file]}, _snapshots(repo)/info.sha)
-        return Path(hf_hub_download(repo, file, revision=revision))
+        _announce(name, {file: sizes[file]}, _at(repo)/"snapshots"/info.sha)
+        return Path(_patiently(lambda: hf_hub_download(repo, file, revision=revision)))

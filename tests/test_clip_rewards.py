@@ -321,10 +321,26 @@ def test_a_pickle_with_more_than_tensors_is_refused(tmp_path, state):
 
 def test_no_hub(monkeypatch):
     "Without a path the hub is asked; when it does not answer, the mend is named"
-    def gone(*_): raise OSError("no network")
-    monkeypatch.setattr(clip, "hf_hub_download", gone)
+    def gone(name): raise UserError(f"{name!r}: no network")
+    monkeypatch.setattr(clip, "fetch_file", gone)
     for load in (clip.hpsv2, clip.imagereward, viclip.viclip):
-        with pytest.raises(UserError, match="cannot be fetched .* give its path"): load()
+        with pytest.raises(UserError, match="cannot be fetched: .*no network.* give its path"): load()
+
+
+def test_identity():
+    "Another seed of the same reward differs; precision and name do not; a mix tells its parts and their weights"
+    from dataclasses import replace
+    from t2v_turbo.rewards.base import mix
+    from t2v_turbo.rewards.tiny import load_reward
+    from t2v_turbo.teachers.base import differing
+    a, b = load_reward("tiny-image"), load_reward("tiny-image")
+    assert a.identity() == b.identity() and differing(a.identity(), b.half().identity()) == []
+    b = load_reward("tiny-image")
+    with torch.no_grad(): b.words.weight.view(-1)[77] += 1e-3
+    b.facts = replace(b.facts, name="other")
+    assert differing(a.identity(), b.identity()) == ["weights"]
+    one, two = (mix({a: w, load_reward("tiny-video"): 1.}).identity() for w in (1., .5))
+    assert [*one] == ["tiny-image", "tiny-video"] and differing(one, two) == ["tiny-image"]
 
 
 def test_vocabulary_must_fit(tmp_path, merges):

@@ -6,18 +6,17 @@ import shutil
 import pytest
 import torch
 from diffusers import UNet3DConditionModel
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.schedule import Schedule
 from t2v_turbo.solver import DDIM
 from t2v_turbo.student import Student, load_student
-from t2v_turbo.teachers import folders
 from t2v_turbo.teachers.folders import ScaledSchedule, load_teacher, tiny_modelscope
 from t2v_turbo.teachers.tiny import WEIGHTS
 from t2v_turbo.teachers.videocrafter2 import (convert_videocrafter2, tiny_videocrafter2, vc2_scheduler,
                                               x0_scale)
+from t2v_turbo.teachers.wan import save_wan, tiny_wan
 
 SMALL = dict(size=(16, 24), frames=3)
 
@@ -133,29 +132,177 @@ def test_what_is_no_teacher(ms, tmp_path, monkeypatch):
 
 
 def test_pickles_and_broken_files_are_refused(ms, tmp_path):
+    "A .bin of tensors is read; one with code beside them is not, and nothing in it runs"
     folder = copy(ms, tmp_path/'bin')
-    file = folder/'unet/diffusion_pytorch_model.safetensors'
-    torch.save(load_file(file), file.with_suffix('.bin'))
-    file.unlink()
-    with pytest.raises(UserError, match='cannot be loaded as a UNet3DConditionModel'): load_teacher(folder)
+    for file in [*folder.glob('*/*.safetensors')]:
+        name = 'pytorch_model.bin' if file.parent.name == 'text_encoder' else 'diffusion_pytorch_model.bin'
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+    a, b = load_teacher(folder), load_teacher(ms)
+    assert a.identity() == b.identity()
+    file = folder/'unet/diffusion_pytorch_model.bin'
+    torch.save(torch.load(file, weights_only=True) | dict(code=Runs(tmp_path/'ran')), file)
+    with pytest.raises(UserError, match='holds more than tensors'): load_teacher(folder)
+    assert not (tmp_path/'ran').exists()
     folder = copy(ms, tmp_path/'cut')
     file = folder/'vae/diffusion_pytorch_model.safetensors'
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match='cannot be loaded as a AutoencoderKL'): load_teacher(folder)
 
 
-def test_hub_id(ms, monkeypatch):
-    "From the hub come configurations and safetensors only; what cannot be had is one sentence"
-    asked = []
-    def fetch(name, **more):
-        asked.append((name, more))
-        if name == 'some/model': return str(ms)
-        raise LocalEntryNotFoundError('offline')
-    monkeypatch.setattr(folders, 'snapshot_download', fetch)
-    t = load_teacher('some/model')
-    assert t.name == 'some/model' and t.latent_shape == (4, 16, 4, 4)
-    assert asked[0][1]['allow_patterns'] == ['*.json', '*.txt', '*.model', '*.safetensors']
-    with pytest.raises(UserError, match='LocalEntryNotFoundError'): load_teacher('some/other')
+class Runs:
+    "Makes a file where a pickle is executed"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return type(self.path).touch, (self.path,)
+
+
+def test_variants_of_the_weights(ms, tmp_path):
+    "float16 takes the files of that precision; alone they serve for all"
+    folder = copy(ms, tmp_path/'ms')
+    for file in [*folder.glob('*/*.safetensors')]:
+        half = {k: (v.half() if v.is_floating_point() else v)*2 for k, v in load_file(file).items()}   # so that one can tell
+        save_file(half, file.with_name(file.name.replace('.safetensors', '.fp16.safetensors')), dict(format='pt'))
+    bias = lambda t: t.denoiser.conv_in.bias
+    full, half, named = load_teacher(folder), load_teacher(folder, dtype=torch.float16), load_teacher(folder, variant='fp16')
+    assert torch.equal(bias(half), 2*bias(full).half()) and torch.equal(bias(named), bias(half).float())
+    assert named.options == dict(variant='fp16') and half.options == {}
+    assert torch.equal(bias(load_teacher(folder, dtype=torch.bfloat16)), bias(full).bfloat16())
+    for file in folder.glob('*/*.safetensors'):
+        if 'fp16' not in file.name: file.unlink()
+    assert torch.equal(bias(load_teacher(folder)), bias(half).float())
+
+
+def edit(path, **changes):
+    config = json.loads(path.read_text())
+    for k, v in changes.items(): config.pop(k) if v is None else config.update({k: v})
+    path.write_text(json.dumps(config))
+
+
+CONFIGS = ['unet/config.json', 'vae/config.json', 'text_encoder/config.json', 'scheduler/scheduler_config.json', 'tokenizer/tokenizer_config.json',
+           'teacher.json', 'model_index.json']
+
+
+@pytest.mark.parametrize('text', ['', '{', '[1, 2]', '"words"', 'null', '{"a": 1}{', 'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', '\ufeff\x00'])
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_damaged_configuration_is_one_sentence(ms, tmp_path, name, text):
+    folder = copy(ms, tmp_path/'ms')
+    (folder/name).write_text(text)
+    with pytest.raises(UserError, match=f'{name}. is (damaged|a Git LFS pointer)'): load_teacher(folder)
+
+
+@pytest.mark.parametrize('name, changes, words', [
+    ('unet/config.json', dict(_class_name=None), 'lacks the name of its class'), ('unet/config.json', dict(_class_name=3), 'lacks the name'),
+    ('unet/config.json', dict(attention_head_dim=None), 'lacks attention_head_dim'), ('unet/config.json', dict(sample_size='4'), "sample_size is '4'"),
+    ('unet/config.json', dict(block_out_channels='x'), "block_out_channels is 'x'"), ('unet/config.json', dict(block_out_channels=[]), 'cannot be|do not make'),
+    ('unet/config.json', dict(norm_num_groups=7), 'cannot be loaded'), ('unet/config.json', dict(cross_attention_dim=64), 'of another shape'),
+    ('vae/config.json', dict(scaling_factor='big'), "scaling_factor is 'big'"), ('vae/config.json', dict(scaling_factor=0), 'do not make a teacher'),
+    ('vae/config.json', dict(scaling_factor=True), 'scaling_factor is True'), ('vae/config.json', dict(latent_channels=None), 'lacks latent_channels'),
+    ('text_encoder/config.json', dict(num_attention_heads=None), 'lacks num_attention_heads'), ('text_encoder/config.json', dict(hidden_act=None), 'lacks hidden_act'),
+    ('text_encoder/config.json', dict(hidden_size='32'), "hidden_size is '32'"), ('text_encoder/config.json', dict(vocab_size=100), 'of another shape|has ids up to'),
+    ('scheduler/scheduler_config.json', dict(beta_start=None), 'lacks beta_start'), ('scheduler/scheduler_config.json', dict(beta_end='.012'), "beta_end is '.012'"),
+    ('scheduler/scheduler_config.json', dict(beta_schedule='odd'), 'cannot be loaded as a DDIMScheduler'),
+    ('scheduler/scheduler_config.json', dict(num_train_timesteps=[1]), 'cannot be loaded|do not make')])
+def test_a_configuration_of_another_kind(ms, tmp_path, name, changes, words):
+    "What the libraries would fill with a default, or stumble over later"
+    folder = copy(ms, tmp_path/'ms')
+    edit(folder/name, **changes)
+    with pytest.raises(UserError, match=words): load_teacher(folder)
+
+
+@pytest.mark.parametrize('about', [dict(frames='16'), dict(fps=[8]), dict(size='32x32'), dict(size=[32]), dict(size=[32, None]), dict(frames=True), dict(frames=0)])
+def test_a_damaged_teacher_json(ms, tmp_path, about):
+    folder = copy(ms, tmp_path/'ms')
+    (folder/'teacher.json').write_text(json.dumps(about))
+    with pytest.raises(UserError, match='is damaged|is not possible'): load_teacher(folder)
+    tiny = copy(WEIGHTS/'tiny', tmp_path/'tiny')
+    (tiny/'teacher.json').write_text('{}')
+    with pytest.raises(UserError, match='does not tell frames and fps'): load_teacher(tiny)
+
+
+def no_words(folder):
+    for f in (folder/'tokenizer').iterdir():
+        if f.name != 'tokenizer_config.json': f.unlink()
+
+
+def empty_words(folder):
+    file = folder/'tokenizer/tokenizer.json'
+    told = json.loads(file.read_text())
+    vocab = told['model']['vocab']
+    special = [t['content'] for t in told['added_tokens']]
+    told['model']['vocab'] = ([w for w in vocab if w[0] in special] if isinstance(vocab, list) else {w: i for w, i in vocab.items() if w in special})
+    file.write_text(json.dumps(told))
+
+
+def no_merges(folder):
+    file = folder/'tokenizer/tokenizer.json'
+    told = json.loads(file.read_text())
+    told['model']['merges'] = []
+    file.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize('spoil', [no_words, empty_words])
+@pytest.mark.parametrize('name', ['ms', 'wan', 'tiny'])
+def test_a_tokenizer_without_words_is_refused(ms, tmp_path, name, spoil):
+    "CLIP's, UMT5's and the tiny one: every caption would become the same tokens"
+    folder = tmp_path/name
+    if name == 'wan': save_wan(tiny_wan(), folder)
+    else: copy(ms if name == 'ms' else WEIGHTS/'tiny', folder)
+    load_teacher(folder, frames=dict(ms=4, wan=9, tiny=8)[name])
+    spoil(folder)
+    with pytest.raises(UserError, match='tokenizer'): load_teacher(folder, frames=dict(ms=4, wan=9, tiny=8)[name])
+
+
+def test_a_tokenizer_without_its_merges_is_refused(vc2, tmp_path):
+    "It would spell every word in letters, which the text encoder never read"
+    folder = copy(vc2, tmp_path/'vc2')
+    no_merges(folder)
+    with pytest.raises(UserError, match='splits or drops its own words'): load_teacher(folder, **SMALL)
+
+
+def test_pointers_instead_of_weights(ms, tmp_path):
+    folder = copy(ms, tmp_path/'ms')
+    for file in folder.glob('*/*.safetensors'): file.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n')
+    with pytest.raises(UserError, match='is a Git LFS pointer, not the file itself: run `git lfs pull`'): load_teacher(folder)
+
+
+@pytest.mark.parametrize('part', ['unet', 'vae', 'text_encoder', 'tokenizer', 'scheduler'])
+def test_a_file_where_a_folder_is_meant(ms, tmp_path, part):
+    folder = copy(ms, tmp_path/'ms')
+    shutil.rmtree(folder/part); (folder/part).write_text('')
+    with pytest.raises(UserError, match=f'no {part}/|not a diffusers model'): load_teacher(folder)
+
+
+def test_names_that_are_no_names_of_the_hub(tmp_path):
+    "Refused without asking anybody; a misspelt preset is named"
+    for name, words in (('tny', "did you mean 'tiny'"), ('tiny_flow', "did you mean 'tiny-flow'"), ('./no', 'give .tiny.'), ('a/b/c', 'or a hub id')):
+        with pytest.raises(UserError, match=f"there is no folder '{name}'.*{words}"): load_teacher(name)
+
+
+def test_identity(ms, tmp_path):
+    "Every part counts, and every value of it; the folder's name does not"
+    from t2v_turbo.teachers.base import differing
+    load = lambda f: load_teacher(f, frames=4).identity()
+    own = load(ms)
+    assert load(copy(ms, tmp_path/'same')) == own == json.loads(json.dumps(own))
+    for part, key in (('unet', 'denoiser'), ('vae', 'vae'), ('text_encoder', 'text_encoder')):
+        folder = copy(ms, tmp_path/part)
+        file, = (folder/part).glob('*.safetensors')
+        state = load_file(file)
+        k = max(state, key=lambda k: state[k].numel())
+        state[k].view(-1)[state[k].numel()//2 + 1] += 1
+        save_file(state, file, dict(format='pt'))
+        assert differing(own, load(folder)) == [key]
+    for name, change, key in (('vae/config.json', dict(scaling_factor=.2), 'scale'), ('scheduler/scheduler_config.json', dict(beta_end=.02), 'schedule'),
+                              ('scheduler/scheduler_config.json', dict(prediction_type='v_prediction'), 'schedule')):
+        folder = copy(ms, tmp_path/f'{key}{len(str(change))}')
+        edit(folder/name, **change)
+        assert differing(own, load(folder)) == [key]
+    half = load_teacher(ms, frames=4, dtype=torch.float16).identity()
+    assert differing(own, half) == [] and differing(load_teacher(ms, frames=4, dtype=torch.bfloat16).identity(), half) == ['denoiser', 'vae', 'text_encoder']
+    assert differing(own, {k: v for k, v in own.items() if k != 'vae'}) == ['vae']
+    teacher = load_teacher(ms, frames=4)
+    Student(teacher, rank=2)
+    assert teacher.identity() == own, 'adapters do not count'
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])

@@ -276,12 +276,28 @@ def test_internvideo2_file(tmp_path, monkeypatch):
         assert rm(rc.clips(rm), rc.PROMPTS[:2]).shape == (2,)
     ids = rm.tokenizer("a dog").input_ids
     assert ids[0] == 2 and ids[-1] == 3 and rm.tokenizer.pad_token_id == 0
-    with pytest.raises(UserError, match="no tokenizer"): iv2.internvideo2(tmp_path/"i.pt", tmp_path/"nothing")
+    with pytest.raises(UserError, match="internvideo2: no folder"): iv2.internvideo2(tmp_path/"i.pt", tmp_path/"nothing")
+    (tmp_path/"empty").mkdir()
+    with pytest.raises(UserError, match="no tokenizer"): iv2.internvideo2(tmp_path/"i.pt", tmp_path/"empty")
 
 
 # --- VideoPrism ----------------------------------------------------------------------------------
 
+<<<<<<< HEAD
 @needs_prism
+=======
+has_prism = pytest.mark.skipif(not hasattr(transformers, "VideoPrismClipModel"), reason="transformers has VideoPrism since 5.13")
+
+
+def test_a_transformers_without_videoprism(monkeypatch, tmp_path):
+    "The sentence names the version that is needed; the other rewards do not mind"
+    monkeypatch.delattr(transformers, "VideoPrismClipModel", raising=False)
+    with pytest.raises(UserError, match="needs transformers 5.13 or newer, but .* is installed"): prism.videoprism(tmp_path)
+    assert "videoprism-base" in names.facts_table()
+
+
+@has_prism
+>>>>>>> hub
 @pytest.mark.parametrize("large,millions,frames", [(False, 248, 16), (True, 580, 8)])
 def test_videoprism_full_size(large, millions, frames):
     with torch.device("meta"): rm = prism.videoprism_full(large)
@@ -289,7 +305,11 @@ def test_videoprism_full_size(large, millions, frames):
     assert (rm.facts.frames, rm.facts.size, rm.facts.tokens) == (frames, 288, 64)
 
 
+<<<<<<< HEAD
 @needs_prism
+=======
+@has_prism
+>>>>>>> hub
 def test_videoprism_folder(tmp_path):
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{w}" for w in rc.WORDS)]
     words = transformers.VideoPrismTokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], model_max_length=64)
@@ -305,6 +325,7 @@ def test_videoprism_folder(tmp_path):
 
 @needs_prism
 @torch.no_grad()
+@has_prism
 def test_videoprism_masks_the_padding():
     rm = rc.build("videoprism")
     u, rm.facts = rm.text_features(["a dog"]), prism.replace(rm.facts, tokens=7)

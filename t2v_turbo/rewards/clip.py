@@ -357,7 +357,8 @@ def named(where, # a folder, or a name on the hub
          )->str:    # the same
     "Refuse a path that is not there, before the hub is asked for a model of this name"
     where = str(where)
-    if not Path(where).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?(?<!\.)", where):
+    name = r"\w[\w.-]*(/[\w.-]+)?(@[\w./-]+)?(?<!\.)"
+    if not Path(where).exists() and not re.fullmatch(name, where):
         raise UserError(f"{what}: no folder {where!r}: give a folder in transformers' format, or "
                         "a name on the hub")
     return where

@@ -25,8 +25,9 @@ def stock(name:str, # of a class
          )->Any:    # that class of transformers
     "VideoPrism's classes, which transformers has since 5.13"
     if (found := getattr(transformers, name, None)) is not None: return found
-    raise UserError(f"VideoPrism needs transformers 5.13 or newer, but {transformers.__version__} is "
-                    "installed: run `pip install -U transformers`, or choose another video reward")
+    raise UserError("VideoPrism needs transformers 5.13 or newer, but "
+                    f"{transformers.__version__} is installed: run `pip install -U transformers`, "
+                    "or choose another video reward")
 
 class VideoPrism(CosineReward):
     "Cosine between VideoPrism's vectors of a clip and of its prompt"

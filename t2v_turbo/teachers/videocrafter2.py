@@ -227,7 +227,8 @@ def set_fps(unet:nn.Module, # from a folder that `convert_videocrafter2` wrote
         raise UserError(f"there is no {path}, so the frame rate cannot be changed: give a folder "
                         "that was converted from VideoCrafter2's model.ckpt")
     bias = unet.time_embedding.linear_2.bias
-    with torch.no_grad(): bias.copy_(fps_bias(read_torch(path, "the folder as it was converted"), fps))
+    mlp = read_torch(path, "the folder as it was converted")
+    with torch.no_grad(): bias.copy_(fps_bias(mlp, fps))
     return unet
 
 # %% ../../nbs/12_videocrafter2.ipynb #80b2765a

@@ -1,0 +1,46 @@
+"Colab brings torchao 0.10, which peft 0.19 and later refuse: one sentence of ours, before anything is loaded"
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = """
+import t2v_turbo.student as student
+load = student.load_teacher
+student.load_teacher = lambda *a, **k: print("LOADED") or load(*a, **k)
+from t2v_turbo.teachers.tiny import WEIGHTS
+from t2v_turbo.base import UserError
+try: student.Student(load("tiny"), rank=2); print("made")
+except UserError as e: print(e)
+try: student.load_student(WEIGHTS/"tiny-cd"); print("made")
+except UserError as e: print(e)
+"""
+
+
+def beside(folder, version):
+    "What a program prints that finds such a torchao installed"
+    if version:
+        (folder/"torchao").mkdir(); (folder/"torchao/__init__.py").write_text(f"__version__ = {version!r}")
+        (folder/f"torchao-{version}.dist-info").mkdir()
+        (folder/f"torchao-{version}.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: torchao\nVersion: {version}\n")
+    env = os.environ | dict(PYTHONPATH=f"{folder}:{ROOT}")
+    done = subprocess.run([sys.executable, "-c", CODE], env=env, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")
+
+
+@pytest.mark.skipif(Version(peft.__version__) < Version("0.19"), reason="older ones do not mind")
+def test_an_old_torchao(tmp_path):
+    made, loaded, _ = beside(tmp_path, "0.10.0")
+    assert made == loaded and "torchao 0.10.0 is too old for peft" in made and "`pip uninstall -y torchao`" in made
+
+
+def test_no_torchao(tmp_path):
+    if importlib.util.find_spec("torchao"): pytest.skip("this environment has one")
+    assert beside(tmp_path, "") == ["made", "LOADED", "made", ""]
