@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'STYLE', 'NOTE', 'Judge', 'load_judges', 'judge', 'judge_score', 'motion_amount', 'saturation',
-           'high_frequency', 'bootstrap', 'half_width', 'Sampler', 'timed_batches', 'evaluate', 'summarise', 'cells',
-           'markdown_table', 'print_table', 'curves_svg', 'video_grid', 'rows_html', 'page', 'write_report']
+           'high_frequency', 'bootstrap', 'half_width', 'Sampler', 'timed_batches', 'evaluate', 'summarise', 'paired',
+           'over_prompts', 'verdict', 'cells', 'markdown_table', 'print_table', 'curves_svg', 'video_grid', 'rows_html',
+           'page', 'write_report']
 
 # %% ../nbs/40_evaluate.ipynb #ded5c9e0
 import io
@@ -21,9 +22,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from scipy.stats import t as t_distribution
 from torch import Tensor, nn
 
-from .core import UserError, atomic, video_html, write_json
+from .core import UserError, atomic, step_seed, video_html, write_json
 from .rewards.tiny import VideoCNN
 from .teachers.tiny import WEIGHTS
 from .world import parse
@@ -124,10 +126,11 @@ def timed_batches(sampler:Sampler, # what is asked for clips
                   batch:int,     # clips at a time
                  ):              # yields prompts, clips on the CPU, seconds per clip
     "Sample all prompts, batch by batch, after one batch that is not counted"
-    sampler.sample(prompts[:batch], 1000 * seed)
+    sampler.sample(prompts[:batch], step_seed(seed, 0, "evaluate"))
     for i in range(0, len(prompts), batch):
         start, part = time.perf_counter(), prompts[i:i+batch]
-        clips = sampler.sample(part, 1000 * seed + i // batch).cpu()  # waits for an accelerator
+        gen_seed = step_seed(seed, i // batch, "evaluate")
+        clips = sampler.sample(part, gen_seed).cpu()                  # waits for an accelerator
         yield part, clips, (time.perf_counter() - start) / len(part)
 
 # %% ../nbs/40_evaluate.ipynb #0b455a59
@@ -139,7 +142,7 @@ def evaluate(sampler:Sampler, # what is asked for clips
              repeats:int=4,  # clips per prompt
              batch:int=24,   # clips sampled at a time
             )->dict:         # one row of the table, ready for JSON
-    "Time and judge one sampler; `mean` is over the four judges, `ci95` over prompts"
+    "Time and judge one sampler; `mean` is over the four judges, `ci95` over prompts, for this student alone"
     if not prompts: raise UserError("no prompts to evaluate on: give one or more captions")
     scores, motion, seconds = [], [], []
     for part, clips, s in timed_batches(sampler, list(prompts) * repeats, seed, batch):
@@ -171,6 +174,32 @@ def summarise(rows:list, # from `evaluate`, for several training seeds
             n=len(rs), motion_amount=over(lambda r: r["motion_amount"]))
     return [one(rs) for rs in groups.values()]
 
+# %% ../nbs/40_evaluate.ipynb #306a07c2
+def paired(a, # numbers of one recipe, one a training seed `(n,)`
+           b, # of another, the same seeds in the same order `(n,)`
+           prompts:float=0., # half of the 95% interval over prompts, see `over_prompts`
+          )->tuple: # mean of a - b, and the ends of its 95% interval
+    "The mean difference over seeds; its interval is infinite for a single seed"
+    d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    if len(d) < 2: return float(d.mean()), -np.inf, np.inf
+    half = t_distribution.ppf(.975, len(d) - 1) * d.std(ddof=1) / len(d)**.5
+    half = (half**2 + prompts**2)**.5
+    return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
+
+def over_prompts(a:list, # rows of `evaluate`
+                 b:list, # of another recipe
+                )->float: # at most so wide if both were judged on the same prompts
+    "Half of the 95% interval over prompts of a difference of two recipes"
+    return statistics.fmean(r["ci95"]**2 + q["ci95"]**2 for r, q in zip(a, b))**.5
+
+def verdict(mean:float, # from `paired`, of a difference that is claimed to be above zero
+            low:float,
+            high:float,
+           )->str: # agrees, disagrees or not told apart
+    "What a 95% interval says about a claim; one without width says nothing"
+    if high - low < 1e-9: return "not told apart"
+    return "agrees" if low > 0 else "disagrees" if high < 0 else "not told apart"
+
 # %% ../nbs/40_evaluate.ipynb #744b496d
 def cells(rows:list, # from `evaluate`, or from `summarise`
          )->list:    # a header and one list of strings per row
@@ -178,7 +207,7 @@ def cells(rows:list, # from `evaluate`, or from `summarise`
     many = "n" in rows[0] if rows else False
     number = lambda v, fmt=".3f": "–" if v is None else format(v, fmt)
     head = ["model", "steps", "NFE", "s/video", *(rows[0]["judges"] if rows else []), "mean",
-            "± std" if many else "± 95%", "change", "seeds" if many else "seed"]
+            "± std (seeds)" if many else "± 95% (prompts)", "change", "seeds" if many else "seed"]
     return [head] + [
         [r["model"], str(r["steps"]), str(r["nfe"]), number(r["seconds_per_video"]),
          *map(number, r["judges"].values()), number(r["mean"]),
@@ -285,7 +314,9 @@ pre { overflow-x: auto; font-size: .8rem }
 """
 NOTE = """Every model got the same held-out prompts and the same seeds. Four judges, trained
 apart from the rewards, say how often shape, colour and motion are those of the caption and how
-often a clip is clean; mean is over the four, ± 95% from a bootstrap over prompts. Seconds per
+often a clip is clean; mean is over the four, ± 95% from a bootstrap over the prompts of one
+student: it does not cover other training seeds. Held-out prompts were kept from teacher and
+students; VAE, rewards and judges were trained on clips of all prompts. Seconds per
 video cover text encoding, sampling and decoding. Change is the mean difference between
 neighbouring frames, in grey levels."""
 

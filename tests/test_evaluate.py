@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from t2v_turbo.core import UserError, make_gen
-from t2v_turbo.evaluate import (PANELS, Judge, Sampler, bootstrap, curves_svg, evaluate, half_width, high_frequency,
-                                judge, load_judges, markdown_table, motion_amount, print_table, saturation, summarise,
-                                write_report)
+from t2v_turbo.core import UserError, make_gen, step_gen, step_seed
+from t2v_turbo.evaluate import (PANELS, Judge, Sampler, bootstrap, cells, curves_svg, evaluate, half_width, high_frequency,
+                                judge, load_judges, markdown_table, motion_amount, over_prompts, paired, print_table,
+                                saturation, summarise, verdict, write_report)
 from t2v_turbo.world import blur, caption, combos, flicker, parse, render, watermark
 
 HELD = [caption(*a) for a in combos("heldout").tolist()]
@@ -89,7 +89,7 @@ def test_every_sampler_gets_the_same_calls_and_the_first_is_not_counted(net):
         time.sleep(.4 if not calls else 0)
         calls.append((tuple(prompts), seed)); return drawn(prompts, seed)
     r = evaluate(Sampler("x", 1, 1, slow_start), HELD[:5], net, seed=3, repeats=3, batch=4)
-    assert [len(p) for p, _ in calls] == [4, 4, 4, 4, 3] and [s for _, s in calls] == [3000, 3000, 3001, 3002, 3003]
+    assert [len(p) for p, _ in calls] == [4, 4, 4, 4, 3] and [s for _, s in calls] == [step_seed(3, i, "evaluate") for i in (0, 0, 1, 2, 3)]
     assert sum((p for p, _ in calls[1:]), ()) == tuple(HELD[:5] * 3)
     assert r["videos"] == 15 and r["seconds_per_video"] < .1
     again = evaluate(Sampler("x", 1, 1, drawn), HELD[:5], net, seed=3, repeats=3, batch=4)
@@ -115,6 +115,28 @@ def test_summary(row):
     a, b = summarise(rows)
     assert (a["n"], a["videos"], round(a["mean"], 6), round(a["std"], 6)) == (3, 144, .6, .1)
     assert b["steps"] == 8 and b["n"] == 1 and b["std"] is None
+
+
+def test_evaluation_never_draws_what_training_draws(net):
+    "No start noise or clip of a run's first steps comes again, at the same seed or at others"
+    seeds = []
+    evaluate(Sampler("x", 1, 1, lambda prompts, seed: seeds.append(seed) or drawn(prompts, seed)), HELD[:2], net, repeats=4, batch=2)
+    first = lambda gen: torch.rand(4, generator=gen).tolist()
+    steps = [first(make_gen(1000003 * s + i)) for s in range(3) for i in range(50)]
+    steps += [first(step_gen(s, i, stream)) for s in range(3) for i in range(50) for stream in ("noise", "clips")]
+    assert len(set(seeds)) == 4 and not [s for s in seeds if first(make_gen(s)) in steps]
+
+
+def test_a_verdict_needs_the_interval():
+    "By hand: differences 1, 2, 3 have mean 2, standard deviation 1, and t = 4.303 with two degrees of freedom"
+    d = paired([2, 4, 6], [1, 2, 3])
+    assert d == pytest.approx((2, 2 - 4.302653 / 3**.5, 2 + 4.302653 / 3**.5)) and verdict(*d) == "not told apart"
+    assert verdict(*paired([1, 1.1, .9], [0, 0, 0])) == "agrees" and verdict(*paired([0, 0, 0], [1, 1.1, .9])) == "disagrees"
+    assert verdict(*paired([9], [0])) == "not told apart" == verdict(*paired([1, 1], [1, 1]))
+
+
+def test_what_the_spread_is_over_is_in_the_table(row):
+    assert "± 95% (prompts)" in cells([row])[0] and "± std (seeds)" in cells(summarise([row, row | dict(seed=1)]))[0]
 
 
 def test_tables(row, capsys):

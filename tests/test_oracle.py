@@ -9,7 +9,7 @@ from t2v_turbo.consistency import (boundary, cd_loss, consistency_fn, few_step_g
 from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.gaussian import Gaussian, Mixture
 from t2v_turbo.schedule import Schedule, vp_abar
-from t2v_turbo.solver import DDIM, ddim_sample, guide, guided_step
+from t2v_turbo.solver import DDIM, ddim_grid, ddim_sample, guide, guided_step
 
 SCHED = Schedule(vp_abar())
 G = Gaussian(.5, .4, SCHED)
@@ -151,6 +151,30 @@ def test_loss_is_per_sample_and_stops_the_gradient():
     assert a.grad is not None and b.grad is None
     assert_close(cd_loss(a, a), torch.zeros(4))
     assert pseudo_huber(a.half(), b.half()).dtype == torch.float32
+
+
+def test_every_grid_ends_at_the_noise():
+    "Ascending, evenly spaced up to one timestep, exactly even where n divides T"
+    for T in (1000, 999, 37):
+        for n in range(1, T + 1):
+            grid = ddim_grid(n, T)
+            assert grid[-1] == T - 1 and grid[0] == T//n - 1 and len(grid) == n
+            assert set(grid.diff().tolist()) <= {T//n, -(-T//n)} if T % n else set(grid.diff().tolist()) <= {T//n}
+    for n in (1, 4, 50, 200, 1000): assert ddim_grid(n).tolist() == [1000//n*(i+1) - 1 for i in range(n)]
+    for n in (3, 7, 30, 64): assert few_step_grid(2, n)[0] == 999 and len(few_step_grid(n, n)) == n
+
+
+@pytest.mark.parametrize('n', [60, 300, 600])
+def test_any_grid_samples_the_data(n):
+    "The exact Gaussian from pure noise; and a step ends where the next begins"
+    ddim, i = DDIM(SCHED, n), torch.arange(n)
+    assert torch.equal(ddim.t_prev(i[1:]), ddim.t(i[:-1])) and ddim.t_prev(i[:1]).item() == 0
+    z = torch.randn(8000, 1, generator=make_gen(0))
+    want = walk(1000, z)
+    assert (walk(n, z) - want).abs().mean() < .01 + 2/n
+    z0, noise = torch.randn(2, n, 3, generator=make_gen(1))
+    zt = SCHED.add_noise(z0, noise, ddim.t(i))
+    assert_close(ddim.invert(ddim.step(z0, noise, i), noise, ddim.t(i)), zt, atol=1e-4, rtol=0)
 
 
 def test_few_step_grid():

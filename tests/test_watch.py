@@ -4,8 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import t as t_dist
 
 from t2v_turbo import watch as watch_module
 from t2v_turbo.caches import build_cache, open_cache
@@ -13,7 +15,9 @@ from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.world import World
-from t2v_turbo.watch import Watcher, WatchOptions, hacked, look_every, read_rows, score_clips, watch
+from t2v_turbo.student import load_student
+from t2v_turbo.watch import (Watcher, WatchOptions, best_look, fall, hacked, keep_best, look_every, read_rows,
+                             score_clips, watch)
 
 RUNS = Path(__file__).resolve().parents[1] / "nbs" / "experiments" / "hacking.json"
 
@@ -24,21 +28,67 @@ def looks(held, trained, noise=.1, n=12, seed=0):
     return [dict(step=i, held_out=sum(h) / n, each=dict(held_out=h, trained=t)) for i, (h, t) in enumerate(each)]
 
 
-def test_rule_waits_for_its_patience():
-    rows = looks([0, 2, 1, 0, -1, -2], range(6))
-    assert [hacked(rows[:n], 3) for n in range(1, 7)] == [None] * 4 + [1, 1]
-    assert [hacked(rows[:n], 1) for n in range(1, 7)] == [None, None, 1, 1, 1, 1]
+def test_rule_speaks_when_the_fall_lasts():
+    "And names the best look; with smaller blocks it can speak earlier, but never before two of them"
+    up, down = [-3, -1, 0, .5, .4, .5, .5], [0, -.5, -1, -1, -1, -1]
+    rows = looks(up + down, range(13))
+    first = [next(n for n in range(1, 14) if hacked(rows[:n], p) is not None) for p in (2, 3, 4)]
+    assert all(9 <= n <= 12 for n in first) and hacked(rows) in (3, 5, 6)
+    assert all(hacked(rows[:n], p) is None for p in (1, 2, 4) for n in range(2 * p))
 
 
-@pytest.mark.parametrize("held, trained", [([0, 1, 2, 3, 4], range(5)), ([0, 2, 1, 0, -1], [5, 4, 3, 2, 1]),
-                                           ([0, .02, 0, .01, 0], range(5)), ([0, 2, 1, 2.5, 1], range(5))])
-def test_rule_keeps_quiet(held, trained): assert hacked(looks(held, trained), 3) is None
+@pytest.mark.parametrize("held, trained", [(range(13), range(13)), ([0] * 7 + [-1] * 6, range(13, 0, -1)),
+                                           ([0, .02] * 6, range(12)), ([0, 2, 1, 2.5, 1] * 3, range(15))])
+def test_rule_keeps_quiet(held, trained): assert hacked(looks(held, trained)) is None
 
 
-def test_rule_is_seldom_wrong_on_noise():
-    "200 runs of ten looks whose scores do not change but for noise"
-    wrong = sum(hacked(looks([0] * 10, [0] * 10, seed=s), 3) is not None for s in range(200))
-    assert wrong <= 10, wrong
+def honest(rng, n, clips, shared, rising):
+    "Rows of a run whose held-out reward only changes by noise, part of it shared by the clips of a look"
+    base, own = rng.normal(size=clips) * 2, rng.normal(size=(n, clips)) * (1 - shared)**.5
+    held = base + own + rng.normal(size=(n, 1)) * shared**.5
+    trained = rng.normal(size=(n, clips)) + rising * np.arange(n)[:, None] / 2
+    return [dict(step=i, each=dict(held_out=h, trained=t)) for i, (h, t) in enumerate(zip(held.tolist(), trained.tolist()))]
+
+
+def ever(rows): return any(hacked(rows[:n]) is not None for n in range(1, len(rows) + 1))
+
+
+@pytest.mark.parametrize("n, clips, runs", [(10, 12, 300), (11, 24, 300), (40, 12, 100)])
+def test_false_alarms_of_whole_runs(n, clips, runs):
+    "At most 2 of 100, counted over all looks of a run, whatever the clips share and the trained rewards do"
+    for shared in (0, .2, .5):
+        for rising in (False, True):
+            rng = np.random.default_rng(7)
+            assert sum(ever(honest(rng, n, clips, shared, rising)) for _ in range(runs)) <= .02 * runs
+
+
+def test_false_alarms_of_a_long_run():
+    "200 looks, the trained rewards always higher: the rule's p-values alone must stay above its bound"
+    rng, wrong = np.random.default_rng(3), 0
+    for _ in range(100):
+        held = rng.normal(size=200)
+        wrong += any((fall(held[:n]) < n**-3.).any() for n in range(8, 201))
+    assert wrong <= 2
+
+
+def test_a_fall_is_found():
+    "Five standard deviations of a look, within ten looks; almost always before twenty looks more"
+    rng, mean = np.random.default_rng(0), np.interp(np.arange(40), (0, 4, 10, 20, 40), (-6, 0, 0, -5, -5))
+    def run(): return [dict(step=i, each=dict(held_out=[h], trained=[i])) for i, h in enumerate(mean + rng.normal(size=40))]
+    assert sum(ever(run()) for _ in range(50)) >= 48
+
+
+def test_p_values_are_those_of_a_t_test_on_looks():
+    "One block against one, by hand: 3 differences, of which the mean square is 2 s^2"
+    (p,) = fall([2., 3., 0., 1.], 2)
+    s2 = (1 + 9 + 1) / 3 / 2
+    assert p == pytest.approx(t_dist.sf(2 / s2**.5, 2 * 9 / 8)) and fall([1.] * 9).shape == (2,)
+
+
+def test_looks_that_are_not_numbers_are_passed_over():
+    rows = looks([-3, -1, 0, .5, .4, .5, .5, 0, -.5, -1, -1, -1, -1], range(13))
+    sick = dict(step=99, each=dict(held_out=[float("nan")], trained=[0.]))
+    assert hacked(rows + [sick]) == hacked(rows) == best_look([sick] + rows) and best_look([sick]) is None
 
 
 def test_rule_ignores_looks_without_scores():
@@ -48,8 +98,8 @@ def test_rule_ignores_looks_without_scores():
 @pytest.mark.skipif(not RUNS.is_file(), reason="the experiment's runs are not beside the notebooks")
 def test_rule_on_the_experiment():
     runs = json.loads(RUNS.read_text())
-    assert hacked(runs["pushed"], 3) is not None
-    assert hacked(runs["usual"], 3) is None
+    assert hacked(runs["pushed"]) == 100
+    assert not ever(runs["usual"])
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +157,66 @@ def test_a_held_out_reward_that_is_never_asked_is_refused(trainer, tmp_path):
     assert look_every(data, WatchOptions(held_out="tiny-video", prompts=own)) == 50 and look_every(data, WatchOptions()) == 0
 
 
+BAD = [-3, -1, 0, .5, .4, .5, .6, 0, -.5, -1, -1, -1, -1]
+
+
 def test_stop_and_warn(trainer, capsys):
-    out = Path(trainer.cfg.out); out.mkdir(exist_ok=True); trainer.step = 3
-    (out / "looks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in looks([0, 2, 1, 0], range(4))))
-    assert watch(trainer, WatchOptions(on_hacking="stop", patience=2)) == 1 and trainer.step == 3
+    out = Path(trainer.cfg.out); out.mkdir(exist_ok=True); trainer.step = 12
+    rows = looks(BAD, range(13), .01)
+    (out / "looks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    long = object.__new__(Trainer); long.__dict__ = trainer.__dict__ | dict(cfg=replace(trainer.cfg, steps=13))
+    assert watch(long, WatchOptions(on_hacking="stop")) == 6 and long.step == 12
     assert "the rewards are being hacked" in capsys.readouterr().err
-    assert watch(trainer, WatchOptions(on_hacking="warn", patience=2, eval_every=4)) is None and trainer.step == 4
+    assert watch(long, WatchOptions(on_hacking="warn", eval_every=4)) is None and long.step == 13
     assert capsys.readouterr().err.count("the rewards are being hacked") == 1
-    assert [r["step"] for r in read_rows(out / "looks.jsonl")] == [0, 1, 2, 3, 4]
+    assert [r["step"] for r in read_rows(out / "looks.jsonl")] == list(range(14))
+
+
+def scripted(monkeypatch, held):
+    "Looks of given held-out scores, by step, while the trained rewards rise"
+    def look(self):
+        self.clips = torch.zeros(1, 3, 2, 8, 8)
+        s = self.trainer.step
+        return dict(step=s, held_out=held[s], each=dict(held_out=[held[s]], trained=[float(s)]))
+    monkeypatch.setattr(Watcher, "look", look)
+
+
+def test_the_best_look_is_kept_and_exported(tmp_path, monkeypatch):
+    "Looks at every step, saves at every fifth, one checkpoint kept: the student of the best look can still be had"
+    scripted(monkeypatch, BAD)
+    t = Trainer(Config(out=str(tmp_path / "o"), steps=40, batch=2, rank=2, track="", keep=1, save_every=5,
+                       objective=Objective(beta_img=0., beta_vid=0.)))
+    students = {}
+    fit = t.fit
+    def noted():
+        for row in fit():
+            students[t.step] = {n: p.detach().clone() for n, p in t.student.trainable().items()}
+            yield row
+    t.fit = noted
+    best = watch(t, WatchOptions(eval_every=1, on_hacking="stop"))
+    assert best == 6 and 10 <= t.step <= 12 and best in t.store.steps() and len(t.store.steps()) <= 3
+    stopped, folder = t.step, keep_best(t, best)
+    about = json.loads((folder / "student.json").read_text())["about"]
+    assert (about["step"], about["best_step"], about["stopped_at"]) == (6, 6, stopped) and t.step == 6
+    saved = load_student(folder).trainable()
+    for n, p in t.student.trainable().items():
+        assert torch.equal(p, students[6][n]) and torch.equal(saved[n], p)
+    assert any(not torch.equal(p, students[stopped][n]) for n, p in saved.items())
+    with pytest.raises(UserError, match="no checkpoint of step 7"): keep_best(t, 7)
+    again = Trainer(t.cfg); assert again.resume() and again.step == stopped       # the same command, run again
+    assert watch(again, WatchOptions(eval_every=1, on_hacking="stop")) == 6 and again.step == stopped
+
+
+def test_a_look_is_sampled_as_its_student_is(trainer):
+    "Guidance and steps of the student itself, unless others are given"
+    trainer.student.sampling = dict(steps=3, w=4.5, origin=50, fps=8)
+    w = Watcher(trainer, WatchOptions())
+    assert (w.steps, w.w) == (3, 4.5)
+    w = Watcher(trainer, WatchOptions(student_w=0., student_steps=2))
+    assert (w.steps, w.w) == (2, 0.)
+    del trainer.student.sampling
+    for bad in (-2., float("nan"), float("inf")):
+        with pytest.raises(UserError, match="student_w is"): WatchOptions(student_w=bad)
 
 
 def test_samples_reach_the_tracker(tmp_path):

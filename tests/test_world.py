@@ -1,10 +1,13 @@
 "The tiny world: what the teacher was trained on must not change"
+import hashlib
+
 import pytest
 import torch
 
+from t2v_turbo import core
 from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.world import (ATTRS, COLOURS, MOTIONS, REVERSED, SHAPES, World, blur, caption, combos,
-                             flicker, is_heldout, logo, parse, render, sample_attrs, watermark, web)
+                             flicker, is_heldout, logo, parse, render, sample_attrs, step_gen, watermark, web)
 
 close = torch.testing.assert_close
 
@@ -130,3 +133,24 @@ def test_wrong_captions_and_clean():
         corner = lambda i: clips[..., i, i]                          # the background, in all frames
         close(corner(0), corner(0)[..., :1].expand(64, 3, 8), atol=.02, rtol=0)  # no flicker
         assert ((corner(-3) - corner(0)).abs().amax((1, 2)) < .05).float().mean() > .9  # no watermark
+
+
+def test_streams_share_no_numbers():
+    "Name, seed and step each make another generator; the tiny world's clips keep the numbers of their own"
+    first = lambda gen: torch.rand(2, generator=gen).tolist()
+    ways = [(s, i, n) for s in (0, 1, 1_000_003, -1) for i in (-3, 0, 17, 1_000_003) for n in ("clips", "noise", "evaluate", "looks")]
+    assert len({tuple(first(core.step_gen(*w))) for w in ways}) == len(ways)
+    assert first(step_gen(3, 5)) == first(core.step_gen(3, 5, "clips")) == first(core.step_gen(3, 5))
+    plain = [first(make_gen(1_000_003 * s + i)) for s, i, _ in ways]
+    assert not [w for w in ways if first(core.step_gen(*w)) in plain]
+    assert all(0 <= core.step_seed(*w) < 2**63 for w in ways)
+    assert core.step_seed(0, 17, "noise") == int(hashlib.sha256(b"noise/0/17").hexdigest()[:16], 16) // 2
+
+
+def test_clips_of_the_world_are_those_the_weights_were_trained_on():
+    "Drawn by the formula of the shipped weights, whatever `step_gen` does"
+    gen = make_gen(7 * 1_000_003 + 3)
+    attrs = sample_attrs(4, "train", gen)
+    clips, _ = web(render(attrs, gen), gen)
+    assert torch.equal(World(seed=7).batch(3, 4)[0], clips)
+    assert not torch.equal(sample_attrs(64, "train", step_gen(7, 3)), sample_attrs(64, "train", make_gen(7 * 1_000_003 + 3)))
