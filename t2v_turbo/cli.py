@@ -147,7 +147,8 @@ class DistillOptions:
 
     def __post_init__(self):
         at_least(vars(self), repeats=1)
-        check_sampling(w=self.teacher_w)
+        if self.teacher_w is not None and not 0 <= self.teacher_w < math.inf:
+            raise UserError(f"teacher_w is {self.teacher_w}: give a number from 0 on")
 
 # %% ../nbs/50_cli.ipynb #febf03ef
 def weights_in_words(o, # an `Objective`
@@ -504,8 +505,7 @@ class CacheOptions:
     verify:int = 0       # 1: read all that is there, and make anew what has changed
 
     def __post_init__(self):
-        at_least(vars(self), samples=0, batch=1, frames=0, height=0, width=0, fps=0, at_once=0,
-                 steps=1)
+        at_least(vars(self), samples=0, batch=1, frames=0, height=0, width=0, fps=0, at_once=0)
         check_sampling(w=self.w, dtype=self.dtype_of_teacher)
         check_seed(self.seed)
         if self.kind not in (kinds := ("text", "latents", "samples", "pairs")):
