@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'ABLATE', 'MS_MODEL', 'CONVERT', 'TRAINS', 'type_of', 'add_options', 'read_options', 'left_to_teacher',
-           'read_config', 'check_sampling', 'named', 'sampled_as', 'sampling_of_pipe', 'sampling_of_student',
-           'device_named', 'DistillOptions', 'weights_in_words', 'distill', 'train', 'samplers', 'report', 'ablate',
-           'SampleOptions', 'placed', 'sample', 'EvaluateOptions', 'judged_student', 'evaluate', 'whole_or_nothing',
-           'ConvertVideoCrafter2', 'ConvertLora', 'ConvertMerged', 'CacheOptions', 'cache', 'PlanOptions',
-           'GenerateOptions', 'generate', 'vbench_score', 'rate_make', 'rate_report_files', 'more_parsers', 'run_more',
-           'PretrainOptions', 'parts_of', 'parser', 'run', 'main']
+           'read_config', 'check_sampling', 'check_seed', 'named', 'sampled_as', 'sampling_of_pipe',
+           'sampling_of_student', 'device_named', 'DistillOptions', 'weights_in_words', 'distill', 'train', 'samplers',
+           'report', 'ablate', 'SampleOptions', 'placed', 'sample', 'EvaluateOptions', 'judged_student', 'evaluate',
+           'whole_or_nothing', 'ConvertVideoCrafter2', 'ConvertLora', 'ConvertMerged', 'CacheOptions', 'cache',
+           'PlanOptions', 'GenerateOptions', 'generate', 'vbench_score', 'rate_make', 'rate_report_files',
+           'more_parsers', 'run_more', 'PretrainOptions', 'parts_of', 'parser', 'run', 'main']
 
 # %% ../nbs/50_cli.ipynb #451ff71a
 import argparse
@@ -87,7 +87,6 @@ def check_sampling(steps=None,  # network calls a clip; the next three: `None` w
                    origin=None, # timesteps of the training grid
                    dtype="auto", # one of `DTYPES`
                    most=16,     # of `steps`; `None`: any number
-                   seed=0,      # of all noise
                   )->None:
     "Raise `UserError` for what no sampler takes"
     if steps is not None and not 1 <= steps <= (most or steps):
@@ -97,7 +96,12 @@ def check_sampling(steps=None,  # network calls a clip; the next three: `None` w
     if origin is not None and (origin < 1 or 1000 % origin):
         raise UserError(f"origin is {origin}: give a divisor of 1000, such as 50 or 200")
     if dtype not in DTYPES: raise UserError(f"dtype {dtype!r}: give one of {', '.join(DTYPES)}")
-    if not 0 <= seed < 2**40: raise UserError(f"seed is {seed}: give 0 to 2^40 - 1")
+
+def check_seed(seed:int,   # of all noise
+               bits:int=40 # it must fit in
+              )->None:
+    "Raise `UserError` for a seed that is negative or too large"
+    if not 0 <= seed < 2**bits: raise UserError(f"seed is {seed}: give 0 to 2^{bits} - 1")
 
 def named(**given)->None: # name of an option: its value
     "Raise `UserError` for a path that is empty"
@@ -143,7 +147,8 @@ class DistillOptions:
 
     def __post_init__(self):
         at_least(vars(self), repeats=1)
-        check_sampling(w=self.teacher_w)
+        if self.teacher_w is not None and not 0 <= self.teacher_w < math.inf:
+            raise UserError(f"teacher_w is {self.teacher_w}: give a number from 0 on")
 
 # %% ../nbs/50_cli.ipynb #febf03ef
 def weights_in_words(o, # an `Objective`
@@ -292,7 +297,8 @@ class SampleOptions:
     format:str = "mp4"     # mp4 or gif
 
     def __post_init__(self):
-        check_sampling(self.steps, self.w, self.origin, self.dtype, seed=self.seed)
+        check_sampling(self.steps, self.w, self.origin, self.dtype)
+        check_seed(self.seed, 63)
         if self.format not in ("mp4", "gif"):
             raise UserError(f"format {self.format!r}: give mp4 or gif")
         if self.prompts and not Path(self.prompts).is_file():
@@ -348,7 +354,8 @@ class EvaluateOptions:
     out:str = ""           # a json file for the rows; empty: only print
 
     def __post_init__(self):
-        check_sampling(self.steps, self.w, seed=self.seed)
+        check_sampling(self.steps, self.w)
+        check_seed(self.seed)
         at_least(vars(self), repeats=1)
 
 # %% ../nbs/50_cli.ipynb #0d2183dc
@@ -498,9 +505,9 @@ class CacheOptions:
     verify:int = 0       # 1: read all that is there, and make anew what has changed
 
     def __post_init__(self):
-        at_least(vars(self), samples=0, batch=1, frames=0, height=0, width=0, fps=0, at_once=0,
-                 steps=1)
-        check_sampling(w=self.w, dtype=self.dtype_of_teacher, seed=self.seed)
+        at_least(vars(self), samples=0, batch=1, frames=0, height=0, width=0, fps=0, at_once=0)
+        check_sampling(w=self.w, dtype=self.dtype_of_teacher)
+        check_seed(self.seed)
         if self.kind not in (kinds := ("text", "latents", "samples", "pairs")):
             raise UserError(f"kind {self.kind!r}: give one of {', '.join(kinds)}")
         if self.dtype not in DTYPES[1:]:
@@ -589,7 +596,8 @@ class GenerateOptions:
 
     def __post_init__(self):
         check_sampling(self.steps, self.w, self.origin, self.dtype,
-                       None if self.teacher else 16, self.seed)
+                       None if self.teacher else 16)
+        check_seed(self.seed, 63)
         at_least(vars(self), batch=1)
         if not self.prompts: raise UserError("no --prompts: give your copy of the suite's "
                                           "prompts, or the word fetch")
