@@ -27,7 +27,7 @@ from .checkpoints import claim
 from .core import UserError, atomic, write_json
 from .distill import Objective
 from .train import Config, Trainer, check_rewards
-from .watch import Watcher, WatchOptions, look_prompts, watch
+from .watch import Watcher, WatchOptions, keep_best, look_prompts, watch
 
 # %% ../nbs/46_ablate.ipynb #206ca10c
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def run_cell(cfg:Config,         # from `cell_config`
     with claim(out):
         trainer = Trainer(cfg); trainer.resume()
         look_prompts(trainer, looks)         # refused now, and not after the training
-        watch(trainer, looks if looks.eval_every else replace(looks, held_out=""))  # judged below
+        best = watch(trainer, looks if looks.eval_every else replace(looks, held_out=""))
+        if best is not None: keep_best(trainer, best)        # hacked: its best look is judged
         rows = [cell | row for row in judge_cell(trainer, looks, steps)]
         write_json(out / "rows.json", rows)
         shutil.rmtree(out / "checkpoints")
@@ -195,7 +196,9 @@ def ablate(cfg:Config,         # what all cells share; `out` is the folder of th
         raise UserError("there is no caption to judge by: with data give prompts, a text file")
     from t2v_turbo import ablate as own            # by a name that other processes find, too
     todo, steps = cells(o, cfg), [int(s) for s in o.sample_steps.split(",")]
-    for n in steps: replace(looks, student_steps=n)          # refused before anything is trained
+    for n in steps:                                          # refused before anything is trained
+        if n < 1: raise UserError(f"student_steps is {n}: give 1 to 16")
+        replace(looks, student_steps=n)
     _settle(cfg, o, looks)
     context = get_context("spawn"); queue, free = context.Queue(), _devices(o.jobs)
     for device in free: queue.put(device)

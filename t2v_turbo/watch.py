@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from fastcore.basics import patch
 from accelerate.utils import broadcast_object_list
+from fastcore.basics import patch
 from numpy.lib.stride_tricks import sliding_window_view
 from safetensors import SafetensorError
 from scipy.special import stdtr

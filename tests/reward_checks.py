@@ -65,12 +65,8 @@ def videoprism(save_memory=False):
 
 IMAGE = dict(hpsv2=clip_reward("letterbox"), clipscore=clip_reward("squash"),
              crop=clip_reward("crop"), aesthetic=aesthetic, imagereward=imagereward)
-<<<<<<< HEAD
-VIDEO = dict(viclip=viclip_reward, internvideo2=internvideo2, **(dict(videoprism=videoprism) if PRISM else {}))
-=======
 VIDEO = dict(viclip=viclip_reward, internvideo2=internvideo2) | (
     dict(videoprism=videoprism) if hasattr(transformers, 'VideoPrismClipModel') else {})      # in transformers since 5.13
->>>>>>> hub
 TINY = {name: partial(tiny.load_reward, name) for name in tiny.REWARD_KINDS}     # the shipped weights
 ALL = IMAGE | VIDEO | TINY
 

@@ -283,9 +283,6 @@ def test_internvideo2_file(tmp_path, monkeypatch):
 
 # --- VideoPrism ----------------------------------------------------------------------------------
 
-<<<<<<< HEAD
-@needs_prism
-=======
 has_prism = pytest.mark.skipif(not hasattr(transformers, "VideoPrismClipModel"), reason="transformers has VideoPrism since 5.13")
 
 
@@ -297,7 +294,6 @@ def test_a_transformers_without_videoprism(monkeypatch, tmp_path):
 
 
 @has_prism
->>>>>>> hub
 @pytest.mark.parametrize("large,millions,frames", [(False, 248, 16), (True, 580, 8)])
 def test_videoprism_full_size(large, millions, frames):
     with torch.device("meta"): rm = prism.videoprism_full(large)
@@ -305,11 +301,7 @@ def test_videoprism_full_size(large, millions, frames):
     assert (rm.facts.frames, rm.facts.size, rm.facts.tokens) == (frames, 288, 64)
 
 
-<<<<<<< HEAD
-@needs_prism
-=======
 @has_prism
->>>>>>> hub
 def test_videoprism_folder(tmp_path):
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{w}" for w in rc.WORDS)]
     words = transformers.VideoPrismTokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], model_max_length=64)
@@ -323,9 +315,8 @@ def test_videoprism_folder(tmp_path):
     with pytest.raises(UserError, match="videoprism-large"): prism.videoprism(tmp_path/"other", facts=prism.PRISM_L)
 
 
-@needs_prism
-@torch.no_grad()
 @has_prism
+@torch.no_grad()
 def test_videoprism_masks_the_padding():
     rm = rc.build("videoprism")
     u, rm.facts = rm.text_features(["a dog"]), prism.replace(rm.facts, tokens=7)

@@ -240,7 +240,7 @@ def tokens_id(tokenizer,   # any `transformers` tokenizer
               length:int,  # tokens that the network reads
              )->str:       # 16 hex digits
     "What a tokenizer makes of two sentences"
-    ids = tokenizer(_PROBE)["input_ids"]
+    ids = tokenizer(list(_PROBE), truncation=False)["input_ids"]
     return hashlib.sha256(json.dumps([ids, length]).encode()).hexdigest()[:16]
 
 @patch
@@ -431,9 +431,9 @@ def check_peft():
     from peft import import_utils
     try: getattr(import_utils, "is_torchao_available", bool)()
     except ImportError:
-        raise UserError(f"torchao {version('torchao')} is too old for peft {version('peft')}, which "
-                        "cannot make a LoRA layer beside it: run `pip uninstall -y torchao` (it is "
-                        "not needed here), or `pip install -U torchao`") from None
+        raise UserError(f"torchao {version('torchao')} is too old for peft {version('peft')}, "
+                        "which cannot make a LoRA layer beside it: run `pip uninstall -y torchao` "
+                        "(it is not needed here), or `pip install -U torchao`") from None
 
 # %% ../../nbs/10_teachers.ipynb #cf2a9d91
 NEEDED = dict(                            # keys whose defaults would pass unnoticed
@@ -441,7 +441,8 @@ NEEDED = dict(                            # keys whose defaults would pass unnot
     WanTransformer3DModel=("num_attention_heads", "attention_head_dim", "patch_size"),
     AutoencoderKL=("block_out_channels", "latent_channels"), AutoencoderKLWan=("z_dim",),
     CLIPTextModel=("hidden_act", "num_attention_heads", "num_hidden_layers"),
-    UMT5EncoderModel=("num_heads", "d_kv"), DDIMScheduler=("beta_start", "beta_end", "beta_schedule"))
+    UMT5EncoderModel=("num_heads", "d_kv"),
+    DDIMScheduler=("beta_start", "beta_end", "beta_schedule"))
 
 def _defaults(cls):
     "Key of a configuration: its default"
@@ -483,7 +484,8 @@ def _words_of(vocabulary, special):
         found = {m[1]: i for w, i in vocabulary.items()
                  if w not in special and (m := re.fullmatch(mark, w))}
         if len(found) > 1: break
-    long = sorted(found, key=lambda w: (-len(w) if len(w) < 9 else 0, w))
+    whole = [w for w in found if len(w) > 1]             # letters would be found without merges
+    long = sorted(whole if len(whole) > 1 else found, key=lambda w: (-len(w) % 9, w))
     return {w: found[w] for w in long[::max(1, len(long)//4096)][:16]}
 
 def check_words(tokenizer,     # of transformers
@@ -492,7 +494,8 @@ def check_words(tokenizer,     # of transformers
     "Refuse a tokenizer that lost its words or its merges: most of 16 must be found again"
     try:
         words = _words_of(tokenizer.get_vocab(), set(tokenizer.all_special_tokens))
-        read = tokenizer([f" {w}" for w in words], add_special_tokens=False)["input_ids"] if words else []
+        texts = [f" {w}" for w in words]
+        read = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     except Exception as e: raise _not_loaded(path, type(tokenizer), str(e)) from None
     found = [i in ids for i, ids in zip(words.values(), read)]
     if len(words) > 1 and sum(found) > len(found)/2: return tokenizer
@@ -569,8 +572,9 @@ def read_about(folder:str|Path, # of a teacher
     good = isinstance(size, (list, tuple)) and len(size) == 2 and all(number(v) for v in size)
     odd = [k for k in ("frames", "fps") if found.get(k) is not None and not number(found[k])]
     if odd := odd + ["size"]*(not good):
-        raise UserError(f"{str(path)!r} is damaged ({', '.join(f'{k} is {found[k]!r}' for k in odd)}"
-                        "): give numbers for frames and fps, height and width for size")
+        told = ", ".join(f"{k} is {found[k]!r}" for k in odd)
+        raise UserError(f"{str(path)!r} is damaged ({told}): give numbers for frames and fps, "
+                        "height and width for size")
     return found
 
 # %% ../../nbs/10_teachers.ipynb #fd9c76ea

@@ -35,15 +35,15 @@ def kind_of(folder:str|Path, # a diffusers folder
     config = next((c for n in _PLACES if (c := Path(folder)/n/"config.json").is_file()), None)
     found = {} if config is None else read_object(config, "the folder as it was published")
     if isinstance(found.get("_class_name"), str): return found["_class_name"]
-    if config: raise UserError(f"{str(config)!r} lacks the name of its class: give the folder as it "
-                               "was published")
+    if config: raise UserError(f"{str(config)!r} lacks the name of its class: give the folder as "
+                               "it was published")
     raise UserError(f"{str(folder)!r} is not a diffusers model (no unet/, transformer/ or "
                     "denoiser/ with a config.json): give 'tiny', a diffusers folder or a hub id; "
                     "`t2v-turbo convert videocrafter2` makes one of model.ckpt")
 
 SHIPPED = ("tiny", "tiny-flow")                 # teachers of the tiny world, in this package
 
-def local_folder(name:str,     # one of `SHIPPED`, a folder, or `owner/name` or `owner/name@revision`
+def local_folder(name:str,     # one of `SHIPPED`, a folder, or `owner/name@revision`
                  variant=None, # of the weights, such as `"fp16"`; `None`: by `dtype`
                  dtype=None,   # in which they will be used
                 )->Path:       # where its files lie
