@@ -56,7 +56,6 @@ def viclip_reward(): return viclip.viclip_model(
 def internvideo2(): return iv2.internvideo2_model(iv2.tiny_internvideo2(), tokenizer=Bert(), **iv2.TINY)
 
 
-PRISM = hasattr(transformers, "VideoPrismTokenizer")                 # from 5.13 on
 
 
 def videoprism(save_memory=False):

@@ -10,7 +10,6 @@ from t2v_turbo.core import UserError, make_gen
 from t2v_turbo.rewards import clip, internvideo2 as iv2, names, videoprism as prism, viclip
 
 each = pytest.mark.parametrize("name", rc.VIDEO)
-needs_prism = pytest.mark.skipif(not rc.PRISM, reason="transformers has VideoPrism since 5.13")
 each_and_tiny = pytest.mark.parametrize("name", [*rc.VIDEO, "tiny-video"])
 
 
