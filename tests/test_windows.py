@@ -320,6 +320,9 @@ def test_the_plan_is_made_for_the_widest_frames(t, window, m, M):
     both = torch.cat([*got.values()]).unique()
     assert (len(got["video_frames"]), len(got["image_frames"])) == (m, M) and len(both) == min(window, m + M)
     assert both.max() == t - 1 and (both.min() == t - window or len(both) == 1)
+    model.cfg = replace(model.cfg, beta_vid=0)
+    alone = _most_frames(model)
+    assert len(alone["video_frames"]) == 0 and len(alone["image_frames"].unique()) == M and alone["image_frames"].min() == t - window
 
 
 def test_the_plan_holds_for_any_step():
