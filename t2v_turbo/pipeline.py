@@ -258,7 +258,7 @@ def interrupt(self:T2VTurboPipeline)->bool:
 @torch.no_grad()
 def __call__(self,
               prompt=None,              # a caption, or a list of them
-              num_inference_steps:int|None=None, # 1..16, a network call each; the student's if `None`
+              num_inference_steps:int|None=None, # 1..16, one call each; the student's if `None`
               guidance_scale:float|None=None, # w, 0 is no guidance; the student's if `None`
               num_frames:int|None=None,      # frames of the clip
               height:int|None=None,          # of the clip, pixels
@@ -363,7 +363,7 @@ def _precision(dtype, given):
 @patch_to(T2VTurboPipeline, cls_method=True)
 def from_pretrained(cls,
                      folder:str|Path, # of a student, a converted model or a pipeline; or a hub id
-                     dtype=None, # of all weights: float32 by default, `auto` for what suits the device
+                     dtype=None, # of all weights; float32 if `None`, `auto`: `pick_dtype`
                      **kwargs,   # torch_dtype, variant; sizes, or components of our own pipeline
                     )->"T2VTurboPipeline":
     "Load a student folder, a converted folder that holds a whole student, or our own pipeline"
