@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import signature
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ from diffusers.video_processor import VideoProcessor
 from fastcore.basics import patch, patch_to
 from torch import Tensor, nn
 
-from .base import at_least
 from .consistency import consistency_fn, few_step_sample, w_embedding
 from .core import UserError, as_dtype, check_finite
 from .solver import DDIM, ddim_sample
@@ -184,7 +183,8 @@ def _like(name, x, shape):
 @patch
 def _context(self:T2VTurboPipeline, model, prompt, embeds, n):
     "Context of all clips `(b n d)`, each prompt's n times"
-    at_least(dict(num_videos_per_prompt=n), num_videos_per_prompt=1)
+    if not isinstance(n, Integral) or n < 1: raise UserError(
+        f"num_videos_per_prompt is {n!r}: give 1 or more")
     if (prompt is None) == (embeds is None): raise UserError(
         "give either prompt or prompt_embeds, and not both")
     if embeds is None: return model.encode_text(captions(prompt)).repeat_interleave(n, 0)
@@ -258,7 +258,7 @@ def interrupt(self:T2VTurboPipeline)->bool:
 @torch.no_grad()
 def __call__(self,
               prompt=None,              # a caption, or a list of them
-              num_inference_steps:int|None=None, # 1..16, a network call each; the student's if `None`
+              num_inference_steps:int|None=None, # 1..16, one call each; the student's if `None`
               guidance_scale:float|None=None, # w, 0 is no guidance; the student's if `None`
               num_frames:int|None=None,      # frames of the clip
               height:int|None=None,          # of the clip, pixels
@@ -363,7 +363,7 @@ def _precision(dtype, given):
 @patch_to(T2VTurboPipeline, cls_method=True)
 def from_pretrained(cls,
                      folder:str|Path, # of a student, a converted model or a pipeline; or a hub id
-                     dtype=None, # of all weights: float32 by default, `auto` for what suits the device
+                     dtype=None, # of all weights; float32 if `None`, `auto`: `pick_dtype`
                      **kwargs,   # torch_dtype, variant; sizes, or components of our own pipeline
                     )->"T2VTurboPipeline":
     "Load a student folder, a converted folder that holds a whole student, or our own pipeline"
@@ -433,4 +433,5 @@ def sample_student(student:Student, # adapters on
 def fingerprint(self:T2VTurboPipeline)->str:
     "16 hex digits over the weights of all three networks, in their present precision"
     return content_id({f"{n}.{k}": v for n in ("denoiser", "vae", "text_encoder")
-                       for k, v in getattr(self, n).state_dict().items()})
+                       if (net := getattr(self, n)) is not None
+                       for k, v in net.state_dict().items()})

@@ -93,7 +93,7 @@ class Student(nn.Module):
                  rank:int=16,     # LoRA rank
                  seed:int=0,      # of LoRA's random half
                  config:PeftConfig|None=None, # default: all of `lora_targets`, at `rank`
-                 empty:bool=False, # LoRA takes no memory yet: `load_tensors` or `merge_from` is next
+                 empty:bool=False, # LoRA without memory, until `load_tensors` or `merge_from`
                 ):
         super().__init__()
         check_peft()
@@ -264,7 +264,8 @@ def read_student(folder:str|Path, # written by `Student.save`
         raise UserError(f"no student in {str(folder)!r}: there is no student.json; {near}")
     again = "another copy, or save the student again by going on with its run"
     try: meta, raw = read_object(path, again), read_object(folder / "adapter_config.json", again)
-    except UserError as e: raise UserError(f"the student in {str(folder)!r} is damaged: {e}") from None
+    except UserError as e:
+        raise UserError(f"the student in {str(folder)!r} is damaged: {e}") from None
     need = ("teacher", "rank", *(() if meta.get("fingerprints") else ("fingerprint",)))
     _check_kinds(path, meta, _TOLD, need)
     kinds = dict(r=int, lora_alpha=(int, float), rank_pattern=dict, alpha_pattern=dict,
@@ -359,8 +360,8 @@ def check_tensors(self:Student,
     own = {n: tuple(p.shape) for n, p in self.teacher.denoiser.named_parameters()}
     wrong = [f"{k} is {shapes[k]}, not {own[n]}" for k, n in at.items()
              if k in shapes and n in own and own[n] != tuple(shapes[k])]
-    if told := differences(missing=at.keys() - shapes.keys(),
-                           unknown=(shapes.keys() - at.keys()) | {k for k in at if at[k] not in own},
+    unknown = (shapes.keys() - at.keys()) | {k for k in at if at[k] not in own}
+    if told := differences(missing=at.keys() - shapes.keys(), unknown=unknown,
                            of_another_shape=wrong):
         raise UserError(f"these are not the tensors of this student: {told}")
     return at
@@ -370,7 +371,8 @@ def load_tensors(self:Student,
                  state:dict, # as `save` writes them
                 )->None:
     "Take over LoRA and w-projection; every tensor must have its place and its shape"
-    net, at = self.teacher.denoiser, self.check_tensors({k: tuple(v.shape) for k, v in state.items()})
+    net = self.teacher.denoiser
+    at = self.check_tensors({k: tuple(v.shape) for k, v in state.items()})
     lora = {k: v.float() for k, v in state.items() if "lora_" in at[k]}
     set_peft_model_state_dict(net, lora, low_cpu_mem_usage=any(
         net.get_parameter(at[k]).is_meta for k in lora))
