@@ -611,6 +611,7 @@ def _suite_sampler(o, device):
     "How the videos of a suite are sampled: the function, its settings, frames a second"
     from t2v_turbo.core import as_dtype
     from t2v_turbo.pipeline import T2VTurboPipeline
+    from t2v_turbo.student import content_id
     from t2v_turbo.suites import by_student, by_teacher
     from t2v_turbo.teachers.folders import defaults_of, load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
@@ -620,11 +621,11 @@ def _suite_sampler(o, device):
         t, how = load_teacher(o.teacher, dtype=dtype).to(device), sampled_as(own, o)
         if o.slicing: t.vae.enable_slicing()
         sample, model, fps = by_teacher(t, **how), f"teacher {o.teacher}", t.fps
-        weights = t.fingerprint()
+        weights = content_id(t.state_dict())
     else:
         pipe = T2VTurboPipeline.from_pretrained(o.student or WEIGHTS / "tiny-cd", dtype=dtype)
         how = sampled_as(sampling_of_pipe(pipe), o)
-        weights = pipe.as_teacher().fingerprint()
+        weights = pipe.fingerprint()
         placed(pipe, device, o.offload, o.slicing)
         pipe.register_to_config(origin_steps=how["origin"])
         sample, model, fps = by_student(pipe, how["steps"], how["w"]), o.student, pipe.config.fps

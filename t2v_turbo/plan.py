@@ -204,11 +204,11 @@ CACHED = ("", "latents", "pairs")     # nothing, the encoder's answers, the teac
 
 def _most_frames(model):
     "The frames of a step that decodes most: none is seen twice, and the window ends with the clip"
-    m, M = model.cfg.video_frames, model.cfg.image_frames
-    t, size = model.student.teacher.video_shape[1], model.window
+    cfg, t, size = model.cfg, model.student.teacher.video_shape[1], model.window
+    m, M = cfg.video_frames * bool(cfg.beta_vid), cfg.image_frames * bool(cfg.beta_img)
     n = min(size, m + M)
     ids = t - size + torch.arange(n) * (size - 1) // max(1, n - 1)
-    return dict(video_frames=ids[:m], image_frames=ids[-M:])
+    return dict(video_frames=ids[:m], image_frames=ids[n - M:])
 
 def metered(model:Distillation, # on any device
             batch:int=1,        # clips

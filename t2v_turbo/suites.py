@@ -164,7 +164,8 @@ def _agree(out, settings):
     except ValueError: before = None
     if not isinstance(before, dict): raise UserError(
         f"{path} does not say what videos {out} holds: give another output folder")
-    odd = [k for k in {**settings, **before} if settings.get(k) != before.get(k)]
+    odd = [k for k in {**settings, **before} if settings.get(k) != before.get(k)
+           and (k in before or k != "weights")]    # older folders do not name the weights
     if odd: raise UserError(
         f"{out} holds videos with {odd[0]} = {before.get(odd[0])!r}, not {settings.get(odd[0])!r}: "
         "give another output folder, or the same settings to go on")
