@@ -229,7 +229,7 @@ def check_rewards(cfg:Config,        # what is trained
     own = defaults_of(cfg.teacher).reward.split(",")
     lacking = missing_rewards(wanted, names, own)
     if not lacking: return
-    betas = {k: f"beta_{k[:3]}" for k in lacking}
+    betas = {k: dict(image="beta_img", video="beta_vid")[k] for k in lacking}
     told = " and ".join(f"{b} is {getattr(o, b):g}" for b in betas.values())
     raise UserError(f"{told}, but teacher {cfg.teacher!r} has no {' and no '.join(lacking)} "
                     f"reward: add --reward {','.join([*names, *lacking.values()])} or "
