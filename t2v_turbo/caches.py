@@ -31,13 +31,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .base import at_least
-from .core import UserError, atomic, expand_to, sweep, write_json
+from .core import UserError, atomic, expand_to, step_gen, sweep, write_json
 from .data import Dealt, digest, order
 from .schedule import Forward
 from .solver import DDIM, both_preds, ddim_sample
 from .streams import Prompts
 from .teachers.base import Teacher, same_teacher
-from .world import step_gen
 
 # %% ../nbs/17_caches.ipynb #bc8bfb21
 def to_v(schedule:Forward, # the forward process
@@ -107,7 +106,7 @@ def dice(seed:int,    # seed of the run
          grid:int,    # points on the solver's grid
         ):            # noise like the latents, index (b,) in 0..grid-1
     "Noise and grid points of one training step"
-    gen = step_gen(seed, step)
+    gen = step_gen(seed, step, "dice")
     return torch.randn(shape, generator=gen), torch.randint(grid, shape[:1], generator=gen)
 
 # %% ../nbs/17_caches.ipynb #e28a1fa4
@@ -238,7 +237,7 @@ class Samples:
                                  seed=self.seed)
     def inputs(self, teacher, step, size):
         _, captions = _batch(self.source, step, size, ["prompts"])
-        gen = step_gen(self.seed, -1 - step)
+        gen = step_gen(self.seed, step, "samples")
         return dict(z=torch.randn(size, *teacher.latent_shape, generator=gen)), captions
     def outputs(self, teacher, x, prompts, dtype):
         ctx, null = teacher.encode_text(prompts), teacher.encode_text([""])

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -166,7 +166,7 @@ def distill(cfg=None,     # a `train.Config`
             looks=None,   # `watch.WatchOptions`
            )->dict:       # rows, paths
     "Train a student, sample it, judge it, and write `results.json` and `report.html`"
-    from t2v_turbo.checkpoints import claim
+    from t2v_turbo.checkpoints import claim_together
     from t2v_turbo.rewards.tiny import REWARD_KINDS
     from t2v_turbo.train import Config, Trainer, warn_of_words
     from t2v_turbo.watch import WatchOptions, look_every, look_prompts
@@ -178,9 +178,8 @@ def distill(cfg=None,     # a `train.Config`
     if every: prompts = look_prompts(trainer, looks)
     if main and looks.held_out in REWARD_KINDS:
         warn_of_words([looks.held_out], prompts, looks.prompts or "the tiny world")
-    with claim(cfg.out) if main else nullcontext(), trainer.together():
-        best = train(trainer, looks)
-        trainer.accelerator.end_training()       # nothing is gathered any more: others may leave
+    with claim_together(cfg.out, trainer.accelerator), trainer.together():
+        best = train(trainer, looks)             # the last that needs every process
         return report(trainer, extra, looks, best) if main else {}
 
 # %% ../nbs/50_cli.ipynb #17a40d3d

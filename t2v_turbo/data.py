@@ -40,8 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .base import is_rubbish
-from .core import UserError
-from .world import step_gen
+from .core import UserError, step_gen
 
 # %% ../nbs/06_data.ipynb #b83df183
 VIDEO = (".mp4", ".m4v", ".mov", ".qt", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".mpe",
@@ -497,7 +496,7 @@ def order(n:int, # clips
           epoch:int, # which round
          )->Tensor: # a permutation of range(n); shared, so do not change it
     "The order of the clips in one epoch"
-    return torch.randperm(n, generator=step_gen(seed, -1 - epoch))
+    return torch.randperm(n, generator=step_gen(seed, epoch, "order"))
 
 class Dealt:
     "What all sources have in common that deal `len(self)` things in a seeded order"

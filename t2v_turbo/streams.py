@@ -34,12 +34,12 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .base import is_rubbish
-from .core import UserError, atomic, write_video
+from .core import UserError, atomic, step_gen, write_video
 from .data import (FILE, ROWS, TEXT, VIDEO, BadClip, ClipFolder, Dealt, Recorded,
                             captions_in, cell, check_length, check_missing, content_mark, digest,
                             files_below, find_clips, in_threads, mark_of, one_of, order,
                             probe, read_clip, read_table, reasons, text_lines)
-from .world import World, step_gen
+from .world import World
 
 # %% ../nbs/07_streams.ipynb #2b4a4eb0
 def _add(tar, name, data):
@@ -273,7 +273,7 @@ def grouped_order(sizes:tuple[int, ...], # clips in each shard
                   epoch:int, # which round
                  )->Tensor: # a permutation of range(sum(sizes)); shared, so do not change it
     "The order of the clips in one epoch, a few shards at a time"
-    gen, ends = step_gen(seed, -1 - epoch), [0, *accumulate(sizes)]
+    gen, ends = step_gen(seed, epoch, "mix"), [0, *accumulate(sizes)]
     out = []
     for group in torch.randperm(len(sizes), generator=gen).split(mix):
         clips = torch.cat([torch.arange(ends[s], ends[s + 1]) for s in group.tolist()])
