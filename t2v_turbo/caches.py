@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +35,7 @@ from .data import Dealt, digest, order
 from .schedule import Forward
 from .solver import DDIM, both_preds, ddim_sample
 from .streams import Prompts
-from .teachers.base import Teacher, same_teacher
+from .teachers.base import Teacher, same_teacher, tokens_id, weights_ids
 
 # %% ../nbs/17_caches.ipynb #bc8bfb21
 def to_v(schedule:Forward, # the forward process
@@ -110,9 +109,6 @@ def dice(seed:int,    # seed of the run
     return torch.randn(shape, generator=gen), torch.randint(grid, shape[:1], generator=gen)
 
 # %% ../nbs/17_caches.ipynb #e28a1fa4
-_PROBE = ["a red circle moving left", "2 Cats & a naïve dog!"]
-
-def _weights(part): return Teacher.fingerprints(SimpleNamespace(denoiser=part))
 def _round(x): return [round(v, 4) for v in x.flatten().tolist()]
 
 def _schedule(teacher):
@@ -124,12 +120,11 @@ def _schedule(teacher):
 
 # %% ../nbs/17_caches.ipynb #8386b6a3
 PARTS = dict(                                    # what a cache may depend on
-    text=lambda T: _weights(T.text_encoder),
-    tokens=lambda T: digest(T.tokenizer(_PROBE)["input_ids"],
-                            getattr(T, "tokens", T.tokenizer.model_max_length)),
-    vae=lambda T: _weights(T.vae),
+    text=lambda T: weights_ids(T.text_encoder),
+    tokens=lambda T: tokens_id(T.tokenizer, getattr(T, "tokens", T.tokenizer.model_max_length)),
+    vae=lambda T: weights_ids(T.vae),
     scale=lambda T: digest(_round(T.latent_mean), _round(T.latent_std)),
-    denoiser=lambda T: T.fingerprints(),
+    denoiser=lambda T: weights_ids(T.denoiser),
     schedule=_schedule,
     frames=lambda T: T.video_shape[1],
     size="{0.video_shape[2]}x{0.video_shape[3]}".format,

@@ -389,6 +389,18 @@ def test_another_teacher_or_other_settings_are_refused(whole, teacher, tmp_path)
     assert [k for k, v in teacher_id(ms, ['text', 'tokens']).items() if v != words[k]] == ['tokens']
 
 
+def test_every_value_of_a_network_counts_and_the_depth_of_its_names_does_not():
+    own, other = load_teacher('tiny'), load_teacher('tiny')
+    parts = dict(text='text_encoder', vae='vae', denoiser='denoiser')
+    for part, name in parts.items():
+        big = max(getattr(other, name).parameters(), key=lambda p: p.numel())
+        with torch.no_grad(): big.view(-1)[big.numel()//2 + 1] += 1.
+        assert teacher_id(own, [part]) != teacher_id(other, [part]), part
+    deeper = torch.nn.Module(); deeper.text_model = own.text_encoder     # as older versions of transformers name it
+    before, own.text_encoder = teacher_id(own, ['text']), deeper
+    assert teacher_id(own, ['text']) == before
+
+
 def test_a_rounded_base_is_the_same_teacher(whole, pairs):
     "The answers of the float32 teacher serve a training whose frozen networks are bfloat16; no more can be built so"
     half = load_teacher('tiny', dtype=torch.bfloat16)
