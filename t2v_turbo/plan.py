@@ -33,7 +33,7 @@ from .rewards.internvideo2 import internvideo2_full
 from .rewards.names import (FACTS, kind_of_reward, options_of, parse_reward,
                                     reward_named)
 from .rewards.viclip import viclip_full
-from .rewards.videoprism import videoprism_full
+from .rewards.videoprism import checkpointing, videoprism_full
 from .student import Student
 from .teachers.base import Teacher, check_size, check_whole
 from .teachers.folders import DEFAULTS, Defaults, defaults_of, load_teacher
@@ -132,7 +132,7 @@ def save_reward(reward:nn.Module, # changed in place
         if hasattr(m, "save_memory"): m.save_memory = save
     net = getattr(getattr(reward, "net", None), "video_model", None)
     if net is not None:                                   # VideoPrism: transformers' own switch
-        net.activation_checkpointing_enable() if save else net.activation_checkpointing_disable()
+        checkpointing(net, save)
         reward.train(False)
     return reward
 

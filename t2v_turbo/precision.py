@@ -104,6 +104,6 @@ def load(self:Precision,
 def autocast(self:Precision,
               acc, # `Accelerator`, which knows its own precisions
              )->ContextManager:
-    "The autocast of a step"
-    if self.asked == "fp16": return torch.autocast(acc.device.type, torch.float16)
-    return acc.autocast()
+    "The autocast of a step, without a cache of cast weights"
+    if self.asked != "fp16": return acc.autocast()
+    return torch.autocast(acc.device.type, torch.float16, cache_enabled=False)

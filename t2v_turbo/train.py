@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ContextManager, Iterator
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import (InitProcessGroupKwargs, ProjectConfiguration,
+from accelerate.utils import (AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration,
                               broadcast_object_list, gather_object)
 from diffusers.training_utils import EMAModel
 from fastcore.basics import patch
@@ -282,7 +282,8 @@ def _accelerator(cfg):
     patient = InitProcessGroupKwargs(timeout=timedelta(hours=2))   # one process looks, others wait
     return Accelerator(cpu=pick_device().type == "cpu",            # else it overlooks torchrun
                        mixed_precision="no" if asked_precision() == "fp16" else None,
-                       kwargs_handlers=[patient], log_with=cfg.track or None, project_config=where)
+                       kwargs_handlers=[patient, AutocastKwargs(cache_enabled=False)],
+                       log_with=cfg.track or None, project_config=where)
 
 @patch
 def _check_processes(self:Trainer):

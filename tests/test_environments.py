@@ -79,6 +79,14 @@ def test_a_package_of_colab_that_changed_is_named(after, lines):
     assert len(colab.changed(had, now)) == lines
 
 
+def test_the_core_names_what_there_is():
+    "A file or test that is renamed must not leave the core in silence"
+    import conftest
+    tests = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").glob("test_*.py"))
+    assert not [f for f in conftest.CORE if not (ROOT / f"tests/test_{f}.py").is_file()]
+    assert not [n for n in (*conftest.LONG, *conftest.MORE) if f"def {n}(" not in tests]
+
+
 def test_a_missing_python_is_reported_and_not_passed_over(monkeypatch, capsys):
     "Named or newest: a failure. Else a line"
     monkeypatch.setattr(environments, "find_python", lambda v: None)

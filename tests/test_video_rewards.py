@@ -287,7 +287,7 @@ has_prism = pytest.mark.skipif(not hasattr(transformers, "VideoPrismClipModel"),
 
 def test_a_transformers_without_videoprism(monkeypatch, tmp_path):
     "The sentence names the version that is needed; the other rewards do not mind"
-    monkeypatch.delattr(transformers, "VideoPrismClipModel", raising=False)
+    monkeypatch.setattr(transformers, "VideoPrismClipModel", None, raising=False)
     with pytest.raises(UserError, match="needs transformers 5.13 or newer, but .* is installed"): prism.videoprism(tmp_path)
     assert "videoprism-base" in names.facts_table()
 

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 COLAB = sorted((ROOT / "tests").glob("colab-*.txt"))[-1]
 PYTHONS = dict(floors="3.12", colab="3.13", newest="3.11")
 PARTNERS = ("torchvision", "torchao")               # installed too: transformers, diffusers and peft look for them
+TESTS = ("pytest", "pytest-xdist")
+WORKERS = ("-n", "2", "--dist", "loadfile")         # of a machine with two cores, one thread each
 TORCH = "torch==2.13.0"                             # some indexes have a CPU build of it, which is 20 times smaller
 
 
@@ -73,20 +75,20 @@ def venv(base, folder):
 
 def make(name, base, folder):
     "An environment; its Python, and what pytest is given"
-    core = ["-m", "core", "-p", "no:cacheprovider"]
+    core = [*WORKERS, "-m", "core"]
     if name == "colab":                                     # its first notebook installs the package
         sh(sys.executable, ROOT / "tools/colab.py", "--python", base, "--keep", folder, "quickstart", "touch")
-        pip(python := folder / "venv/bin/python", "-q", "pytest")
+        pip(python := folder / "venv/bin/python", "-q", *TESTS)
         return python, core
     python = venv(base, folder / "venv")
     if name == "floors":
-        pip(python, *(f"{n}=={v}" for n, v in requirements().items()), "pytest")
+        pip(python, *(f"{n}=={v}" for n, v in requirements().items()), *TESTS)
         pip(python, ".")
         return python, core
     try: pip(python, TORCH)
     except subprocess.CalledProcessError: print(f"{TORCH} is not on this index: its newest is taken", flush=True)
     pip(python, "-e", ".[dev]")
-    return python, []
+    return python, [*WORKERS]
 
 
 def check(name, base, folder):
@@ -97,7 +99,8 @@ def check(name, base, folder):
         python, args = make(name, base, folder)
         sh(python, "-m", "pip", "check")
         made = time.perf_counter()
-        sh(python, "-m", "pytest", *args, env=os.environ | dict(PATH=f"{python.parent}:{os.environ['PATH']}", VIRTUAL_ENV=str(python.parents[1])))
+        own = dict(PATH=f"{python.parent}:{os.environ['PATH']}", VIRTUAL_ENV=str(python.parents[1]), OMP_NUM_THREADS="1")
+        sh(python, "-m", "pytest", *args, env=os.environ | own)
     except subprocess.CalledProcessError as e: wrong = f"FAILED: {' '.join(map(str, e.cmd))[:200]}"
     ended = time.perf_counter()
     return bool(wrong), f"{name:8} installed in {(made or ended) - began:4.0f} s, tested in {ended - made if made else 0:5.0f} s  {wrong or 'passed'}"
