@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderKLWan, DDIMScheduler, UNet3DCond
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..core import UserError, atomic, expand_to
+from ..core import UserError, atomic, expand_to, restore
 from ..hub import KNOWN, fetch_folder, nearest, read_index, split_name
 from ..schedule import Schedule
 from . import tiny
@@ -43,13 +43,18 @@ def kind_of(folder:str|Path, # a diffusers folder
 
 SHIPPED = ("tiny", "tiny-flow")                 # teachers of the tiny world, in this package
 
+def _here(name):
+    "Whether a name needs no hub; a folder that a killed writer had moved aside is brought back"
+    if not (known := name in SHIPPED or Path(name).exists()): restore(name)
+    return known or Path(name).exists()
+
 def local_folder(name:str,     # one of `SHIPPED`, a folder, or `owner/name@revision`
                  variant=None, # of the weights, such as `"fp16"`; `None`: by `dtype`
                  dtype=None,   # in which they will be used
                 )->Path:       # where its files lie
     "The folder behind a name; from the hub, if there is no such folder"
     if name in SHIPPED: return tiny.WEIGHTS/name
-    if Path(name).exists():
+    if _here(name):
         read_index(name)                            # a damaged one is refused
         return Path(name)
     if not split_name(name):
@@ -211,7 +216,7 @@ def load_teacher(name:str|Path="tiny", # `"tiny"`, a diffusers folder, or `owner
     if CLASSES.get(parts, Teacher) is not own:
         raise UserError(f"{own.__name__} is not in CLASSES, so no pipeline can be made of it: set "
                         f"CLASSES[{', '.join(p.__name__ for p in parts)}] = {own.__name__}")
-    here = str(name) not in SHIPPED and Path(name).exists()
+    here = str(name) not in SHIPPED and _here(name)
     teacher.name = str(Path(name).resolve()) if here else str(name)
     teacher.options = {k: v for k, v in (options | more).items() if v is not None}
     return _scaled(teacher, folder) if scale_x0 else teacher
@@ -270,7 +275,7 @@ def _small_file(name, path):
 def _about(name, path, needed=False):
     "The settings in one small JSON file of a teacher; `{}` if there is none"
     try:
-        here = name in SHIPPED or Path(name).exists()
+        here = _here(name)
         file = local_folder(name)/path if here else _small_file(name, path)
     except UserError: raise
     except Exception as e:
@@ -285,7 +290,7 @@ def in_tiny_world(name:str, # of a teacher: one of `SHIPPED`, a folder, or a hub
                  )->bool:
     "Whether a teacher reads the words of the tiny world's captions, and only those"
     if name in SHIPPED: return True
-    if not Path(name).is_dir(): return False
+    if not _here(name) or not Path(name).is_dir(): return False
     size = lambda n: _about(n, "text_encoder/config.json").get("vocab_size")
     words = lambda n: (_about(n, "tokenizer/tokenizer.json").get("model") or {}).get("vocab")
     return size(name) == size("tiny") and words(name) == words("tiny")
