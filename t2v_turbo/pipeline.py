@@ -13,7 +13,7 @@ from importlib import import_module
 from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -53,7 +53,7 @@ class T2VTurboPipeline(DiffusionPipeline):
                      output_type:str="np", return_dict:bool=True, callback_on_step_end=None,
                      callback_on_step_end_tensor_inputs:list|None=None,
                      prompt_embeds:Tensor|None=None, num_videos_per_prompt:int=1,
-                     **kwargs)->T2VTurboOutput: ...
+                     **kwargs:Never)->T2VTurboOutput: ...
         def fingerprint(self)->str: ...
         @classmethod
         def from_student(cls, student:Student,
@@ -272,7 +272,7 @@ def __call__(self,
               callback_on_step_end_tensor_inputs:list|None=None, # which of the two; both if `None`
               prompt_embeds:Tensor|None=None, # context `(b n d)` instead of `prompt`
               num_videos_per_prompt:int=1, # clips of each prompt
-              **kwargs,                 # of other pipelines: refused
+              **kwargs:Never,           # of other pipelines: refused
              )->T2VTurboOutput|tuple:
     "Sample videos, the multistep consistency sampler of Algorithm 1's student"
     refuse_options("T2VTurboPipeline", kwargs, _CALL, _KNOWN)
@@ -349,7 +349,7 @@ def _of_index(cls, folder, index, dtype, given):
     variant = given.pop("variant", None)
     parts = {n: given.pop(n) if n in given else _part(folder, n, index.get(n), dtype, variant)
              for n in _PARTS}
-    return cls(**parts, **{n: index[n] for n in _OWN if n in index} | given)
+    return cls(**parts, **{n: index[n] for n in _OWN if n in index} | _some(given))
 
 def _precision(dtype, given):
     "`dtype`, or `torch_dtype` as older diffusers has it"
@@ -372,7 +372,9 @@ def from_pretrained(cls,
     at = local_folder(str(folder), given.get("variant"), dtype)
     for n in ("use_safetensors", "low_cpu_mem_usage"):
         if given.get(n) is True: del given[n]            # it is so anyway
-    refuse = lambda kind, *known: refuse_options(f"from_pretrained of {kind}", given, _LOAD, known)
+    def refuse(kind, *known):
+        refuse_options(f"from_pretrained of {kind}", given, _LOAD, known)
+        for n in given.keys() & _LOAD.keys(): del given[n]   # `None`: nothing was asked for
     if (at / "student.json").is_file():
         refuse("a student", "dtype", *_SIZES)
         student = load_merged(at, dtype, **_some(given))

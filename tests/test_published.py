@@ -11,6 +11,7 @@ from peft import (LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.student import read_tensors
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.published import (COND, FPS, FPS_FILE, convert_lora, convert_merged,
     layer_shapes, load_fps, load_unet, lora_config, lora_order, merge_lora, name_lora, read_lora,
@@ -81,7 +82,7 @@ def test_vc2_through_files(path, tmp_path):
     told = json.loads((tmp_path/'small/student.json').read_text())
     assert told['fingerprints'] == Teacher.fingerprints(SimpleNamespace(denoiser=load_unet(tmp_path/'base')))
     inject_adapter_in_model(LoraConfig.from_pretrained(tmp_path/'small'), unet)
-    told = set_peft_model_state_dict(unet, load_file(tmp_path/'small/adapter_model.safetensors'))
+    told = set_peft_model_state_dict(unet, read_tensors(tmp_path/'small/adapter_model.safetensors'))
     assert not told.unexpected_keys and not [k for k in told.missing_keys if 'lora' in k]
     near(run(unet, d), d['io.student_out'])
 
@@ -279,7 +280,7 @@ def test_adapters_with_clamped_ranks_are_the_merged_student(converted, tmp_path)
     convert_lora(path, base, tmp_path/'whole', merged=True)
     convert_lora(path, base, tmp_path/'small')
     inject_adapter_in_model(LoraConfig.from_pretrained(tmp_path/'small'), unet)
-    set_peft_model_state_dict(unet, load_file(tmp_path/'small/adapter_model.safetensors'))
+    set_peft_model_state_dict(unet, read_tensors(tmp_path/'small/adapter_model.safetensors'))
     gen, whole = make_gen(0), load_unet(tmp_path/'whole')
     x, ctx = torch.randn(1, 4, 3, 8, 8, generator=gen), torch.randn(1, 5, 64, generator=gen)
     emb = torch.randn(1, 256, generator=gen)

@@ -1,4 +1,5 @@
 "A saved student: what it remembers, whoever reads it, damaged folders, and memory"
+import copy
 import json
 import math
 import shutil
@@ -10,16 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import UNet3DConditionModel
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from torch import nn
 from t2v_turbo.base import UserError
-from t2v_turbo.consistency import w_embedding
+from t2v_turbo.consistency import consistency_fn, w_embedding
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Objective
 from t2v_turbo.pipeline import T2VTurboPipeline, sample_student
-from t2v_turbo.student import Student, load_merged, load_student, sampling_of
+from t2v_turbo.student import Student, fold_lora, load_merged, load_student, sampling_of
 from t2v_turbo.teachers import base
-from t2v_turbo.teachers.base import load_part, load_streamed, tensors_in
+from t2v_turbo.teachers.base import PEFT, load_part, load_streamed, tensors_in
 from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
 from t2v_turbo.teachers.published import convert_lora, layer_shapes, load_unet, with_w_projection
 from t2v_turbo.teachers.tiny import WEIGHTS, TinyVideoDenoiser
@@ -58,7 +61,7 @@ def at(tmp_path_factory):
 @pytest.mark.parametrize('name', ['run/student', 'published'])
 def test_peft_gives_the_student(at, name):
     "LoRA and w-projection; and what PEFT saves again is still the student"
-    base = lambda: with_w_projection(UNet3DConditionModel.from_pretrained(at/'ms/unet')).eval()
+    base = lambda: with_w_projection(UNet3DConditionModel.from_pretrained(str(at/'ms/unet'))).eval()
     x, ctx, gen = torch.randn(1, 4, 4, 4, 4, generator=make_gen(0)), torch.randn(1, 5, 32, generator=make_gen(1)), make_gen(2)
     def ask(net, w): return net(x, torch.tensor([499]), ctx, timestep_cond=w_embedding(torch.tensor([w]))).sample
     want = load_student(at/name).merged()
@@ -82,7 +85,6 @@ def test_peft_on_the_transformers(tmp_path):
         with torch.no_grad():
             want = student(z, s, ctx, w)
             t.denoiser = PeftModel.from_pretrained(t.denoiser, str(folder)).base_model.model
-            from t2v_turbo.consistency import consistency_fn
             torch.testing.assert_close(consistency_fn(z, t.denoise(z, s, ctx, w_embedding(w))[0], s), want, rtol=1e-3, atol=1e-4)
 
 
@@ -215,6 +217,63 @@ def test_a_teacher_carries_one_student(at):
 
 
 # --- precision and memory ----------------------------------------------------------------------------
+
+KINDS = [nn.Linear(40, 30), nn.Conv1d(12, 30, 3), nn.Conv2d(12, 30, 3), nn.Conv2d(12, 30, 1), nn.Conv3d(12, 30, (3, 1, 1)),
+         nn.Conv2d(12, 30, 3).to(memory_format=torch.channels_last)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('layer', KINDS)
+def test_folded_as_peft_merges(layer, dtype):
+    "By one, by some and by all rows: PEFT's own merge, in float32 and rounded once"
+    net, gen = nn.Sequential(copy.deepcopy(layer)).to(dtype), make_gen(0)
+    wide = copy.deepcopy(net).float()
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=6, target_modules=['0']), wide)
+    A, B = (getattr(wide[0], f'lora_{k}')['default'].weight.normal_(generator=gen) for k in 'AB')
+    wide[0].merge()
+    eps = torch.finfo(dtype).eps
+    for piece in (1, 200, 10**6):
+        W = net[0].weight.clone()
+        fold_lora(W, A, B, 1.5, piece=piece)
+        assert W.dtype == dtype and W.stride() == net[0].weight.stride()
+        torch.testing.assert_close(W.float(), wide[0].get_base_layer().weight, rtol=.51*eps if dtype != torch.float32 else 4*eps, atol=1e-5)
+    assert (W - net[0].weight).norm() > .1*W.norm()
+
+
+def test_what_is_no_plain_lora_is_left_to_peft(at):
+    "DoRA, a bias in LoRA and rsLoRA: the merged network answers as the adapters do"
+    z, t, w = torch.randn(1, 4, 4, 4, 4, generator=make_gen(0)), torch.tensor([499]), torch.tensor([7.5])
+    for more in (dict(use_dora=True), dict(lora_bias=True), dict(use_rslora=True)):
+        teacher = load_teacher(at/'ms', frames=4)
+        student = shaken(teacher, config=LoraConfig(r=4, lora_alpha=8, target_modules=['proj_in', 'conv_out'], **more))
+        ctx = teacher.encode_text(['a'])
+        with torch.no_grad(): want = student(z, t, ctx, w)
+        teacher.denoiser = student.merged()
+        with torch.no_grad(): got = consistency_fn(z, teacher.denoise(z, t, ctx, w_embedding(w))[0], t)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_adapters_stay_in_float32_on_a_base_in_half_precision(at, dtype):
+    "They are those of the file to the bit, and are trained on as such"
+    student = load_student(at/'run/student', dtype=dtype)
+    stored = {k.removeprefix(PEFT): v for k, v in load_file(at/'run/student/adapter_model.safetensors').items()}
+    assert all(v.dtype == torch.float32 and v.requires_grad for v in student.trainable().values())
+    torch.testing.assert_close(student.tensors(), stored, rtol=0, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_merged_in_half_precision_is_rounded_once(at, dtype):
+    "The sum of the rounded base and the stored adapters, formed in float32"
+    wide = load_student(at/'run/student')
+    for m in wide.teacher.denoiser.modules():
+        if isinstance(m, BaseTunerLayer): m.get_base_layer().weight.copy_(m.get_base_layer().weight.to(dtype).float())
+    want, got = wide.merged().state_dict(), load_merged(at/'run/student', dtype).teacher.denoiser.state_dict()
+    eps = torch.finfo(dtype).eps
+    for k, v in got.items(): torch.testing.assert_close(v.float(), want[k].float(), rtol=.51*eps, atol=1e-5, msg=k)
+
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('name', ['run/student', 'published', 'tiny'])

@@ -340,17 +340,28 @@ def shapes_in(path:str|Path, # safetensors file
     "What a safetensors file holds; no tensor is read"
     return {k: tuple(v["shape"]) for k, v in _header(path)[0].items()}
 
+def _fill(out, f, kind, buffer):
+    "Fill a flat tensor from an open file of dtype `kind`, piece by piece if it has to be rounded"
+    step = max(1, len(out)) if out.dtype == kind else len(buffer) // kind.itemsize
+    for i in range(0, len(out), step):
+        piece = out[i:i + step]
+        raw = piece if out.dtype == kind else buffer[:len(piece) * kind.itemsize].view(kind)
+        if f.readinto(raw.view(torch.uint8).numpy()) != raw.nbytes:
+            raise EOFError(f"{f.name!r} became shorter")
+        if raw is not piece: piece.copy_(raw)
+
 def tensors_in(path:str|Path, # safetensors file
+               to=None,       # (name, its dtype) -> dtype to round it to; as stored by default
               ):              # yields (name, tensor), each in memory of its own
-    "Read a safetensors file one tensor at a time; nothing is mapped, so nothing else stays"
-    found, start = _header(path)
+    "Read a safetensors file tensor by tensor; no page stays mapped, no tensor is held twice"
+    (found, start), buffer = _header(path), torch.empty(2**22, dtype=torch.uint8)
     with open(path, "rb") as f:
         for name, v in found.items():
-            a, b = v["data_offsets"]
-            x = torch.empty(b - a, dtype=torch.uint8)
-            f.seek(start + a)
-            if f.readinto(x.numpy()) != b - a: raise EOFError(f"{str(path)!r} became shorter")
-            yield name, x.view(_KINDS[v["dtype"]]).view(v["shape"])
+            kind, shape = _KINDS[v["dtype"]], v["shape"]
+            out = torch.empty(shape, dtype=to(name, kind) if to else kind)
+            f.seek(start + v["data_offsets"][0])
+            _fill(out.view(-1), f, kind, buffer)
+            yield name, out
 
 # %% ../../nbs/10_teachers.ipynb #6371ba42
 def _files(path, variant=None):
@@ -381,10 +392,10 @@ def load_streamed(cls:type,          # class of a component
         if not _fits(net, files := _files(path, variant)): return None
     except Exception: return None                     # `from_pretrained` says what is wrong
     keep, state = set(cls._keep_in_fp32_modules or ()), {}
-    for f in files:
-        for k, v in tensors_in(f):
-            to = torch.float32 if keep & {*k.split(".")} else dtype
-            state[k] = v.to(to) if v.is_floating_point() else v
+    def to(name, kind):
+        if not kind.is_floating_point: return kind
+        return torch.float32 if keep & {*name.split(".")} else dtype
+    for f in files: state |= tensors_in(f, to)
     net.load_state_dict(state, assign=True)
     net.register_to_config(_name_or_path=str(path))
     return net.eval()
@@ -549,7 +560,7 @@ def load_part(cls:type,     # a diffusers or transformers class
             return got
         more |= found | dtype_arg(cls, dtype)
         more |= dict(output_loading_info=True, ignore_mismatched_sizes=True)   # they are told below
-    try: got = cls.from_pretrained(path, **more)
+    try: got = cls.from_pretrained(str(path), **more)
     except (MemoryError, torch.OutOfMemoryError): raise
     except Exception as e: raise _not_loaded(path, cls, str(e)) from None
     if dtype is None: return check_words(got, path) if hasattr(got, "get_vocab") else got
