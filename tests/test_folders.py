@@ -12,7 +12,8 @@ from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.schedule import Schedule
 from t2v_turbo.solver import DDIM
 from t2v_turbo.student import Student, load_student
-from t2v_turbo.teachers.folders import ScaledSchedule, load_teacher, tiny_modelscope
+from t2v_turbo.teachers.folders import (ScaledSchedule, defaults_of, in_tiny_world, load_teacher, local_folder,
+                                        tiny_modelscope)
 from t2v_turbo.teachers.tiny import WEIGHTS
 from t2v_turbo.teachers.videocrafter2 import (convert_videocrafter2, tiny_videocrafter2, vc2_scheduler,
                                               x0_scale)
@@ -276,6 +277,17 @@ def test_names_that_are_no_names_of_the_hub(tmp_path):
     "Refused without asking anybody; a misspelt preset is named"
     for name, words in (('tny', "did you mean 'tiny'"), ('tiny_flow', "did you mean 'tiny-flow'"), ('./no', 'give .tiny.'), ('a/b/c', 'or a hub id')):
         with pytest.raises(UserError, match=f"there is no folder '{name}'.*{words}"): load_teacher(name)
+
+
+def test_a_folder_that_a_killed_writer_moved_aside(ms, tmp_path, monkeypatch):
+    "Killed between the two renames: the old folder is there under another name, and every reader brings it back"
+    monkeypatch.chdir(tmp_path)
+    for read in (load_teacher, lambda n: local_folder(str(n)), lambda n: defaults_of(str(n)), lambda n: in_tiny_world(str(n))):
+        for name in (tmp_path/'runs/m', 'runs/m'):       # the second might be a name on the hub
+            copy(ms, tmp_path/'runs/.tmp-old-m')
+            read(name)
+            assert not (tmp_path/'runs/.tmp-old-m').exists() and (tmp_path/'runs/m/unet/config.json').is_file()
+            shutil.rmtree(tmp_path/'runs')
 
 
 def test_identity(ms, tmp_path):
