@@ -96,9 +96,11 @@ def test_keys_are_not_made_of_one_another_and_stay_on_the_cpu():
     assert part.noise.is_meta and part.noise.shape[0] == 2 and torch.equal(part.window, d.window)
 
 
-def test_noise_is_not_what_others_drew_from_the_same_generator():
+@pytest.mark.parametrize("other", [make_gen(3), *(step_gen(3, 7, s) for s in ("clips", "order", "mix", "dice", "samples", "looks")),
+                                   step_gen(3, 8, "noise"), step_gen(4, 7, "noise")])
+def test_noise_of_a_step_is_not_what_others_draw(other):
     shape = (2, 4, 8, 8, 8)
-    first, noise = torch.randn(3*4096, generator=make_gen(3)), draw(Objective(), shape, make_gen(3)).noise.flatten()
+    first, noise = torch.randn(3*4096, generator=other), draw(Objective(), shape, step_gen(3, 7, "noise")).noise.flatten()
     assert not torch.isin(noise, first).float().mean() > .01
     assert_close(noise.std(), torch.ones(()), atol=.05, rtol=0)
 
@@ -291,7 +293,9 @@ def test_the_step_gives_the_reward_its_frames(student):
 
 
 def test_names_are_enough_to_refuse(tmp_path, capsys):
-    "Before the teacher, which is not there, and the weights of the reward are looked for"
+    "Before the teacher, of which no more is there than its kind, and the weights of the reward are looked for"
+    (tmp_path/"none/unet").mkdir(parents=True)
+    (tmp_path/"none/unet/config.json").write_text('{"_class_name": "UNet3DConditionModel"}')
     assert named_frames(["hpsv2.1=2", "internvideo2@file.pt"]) == INTERNVIDEO2.frames == 8
     with pytest.raises(UserError, match="internvideo2 looks at 8 frames but video_frames is 4"):
         Trainer(Config(out=str(tmp_path/"o"), teacher=str(tmp_path/"none"), reward="hpsv2.1,internvideo2", track="",
