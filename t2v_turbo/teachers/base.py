@@ -456,11 +456,14 @@ NEEDED = dict(                            # keys whose defaults would pass unnot
     DDIMScheduler=("beta_start", "beta_end", "beta_schedule"))
 
 def _defaults(cls):
-    "Key of a configuration: its default"
+    "Key of a configuration: its default, or 0 where that is `None` instead of a number"
     if hasattr(cls, "config_class"):
         return cls.config_class().to_dict() if cls.config_class else {}
     found = inspect.signature(cls.__init__).parameters.values()
-    return {p.name: p.default for p in found if p.default is not p.empty}
+    number = r"(int|float|[Tt]uple|[Ll]ist|Optional|Union|None|typing|\W)*"
+    stand_in = lambda p: 0 if re.fullmatch(number, str(p.annotation)) else None
+    return {p.name: stand_in(p) if p.default is None else p.default for p in found
+            if p.default is not p.empty}
 
 def _odd(value, default):
     "Whether a value cannot stand where this default does"
