@@ -196,7 +196,8 @@ def _announce(name, sizes, at):
     if (free := shutil.disk_usage(home).free) < total:
         raise UserError(f"{name!r} needs {amount(total)} but {str(home)!r} has room for "
                         f"{amount(free)}: make room, or set HF_HOME to another disk")
-    line = f"fetching {name}: {len(new)} files, {amount(total)}"
+    many = f"{len(new)} file{'s'*(len(new) != 1)}"
+    line = f"fetching {name}: {many}, {amount(total)}"
     if new: print(line, file=sys.stderr, flush=True)
 
 # %% ../nbs/08_hub.ipynb #e19c4db4

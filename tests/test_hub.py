@@ -309,7 +309,7 @@ print(main(["convert", "lora", "jiachenli-ucsb/T2V-Turbo-MS/unet_lor.pt", "--bas
 """
     out, err = run(world, tmp_path/"home", code)
     assert out.splitlines()[-2:] == ["0", "2"] and (tmp_path/"out/adapter_model.safetensors").is_file()
-    assert "fetching jiachenli-ucsb/T2V-Turbo-MS: 1 files" in err and "did you mean 'unet_lora.pt'?" in err
+    assert "fetching jiachenli-ucsb/T2V-Turbo-MS/unet_lora.pt: 1 file, " in err and "did you mean 'unet_lora.pt'?" in err
     assert json.loads((tmp_path/"out/student.json").read_text())["teacher"] == "ali-vilab/text-to-video-ms-1.7b"
 
 
