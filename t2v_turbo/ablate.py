@@ -26,7 +26,7 @@ from .base import at_least
 from .checkpoints import claim
 from .core import UserError, atomic, write_json
 from .distill import Objective
-from .train import Config, Trainer, check_rewards
+from .train import Config, Trainer, changed, check_rewards
 from .watch import Watcher, WatchOptions, keep_best, look_prompts, watch
 
 # %% ../nbs/46_ablate.ipynb #206ca10c
@@ -76,12 +76,16 @@ def cells(o:AblateOptions,     # what is varied
     over, alone = _values(o.over), _values(o.alone)
     if both := over.keys() & alone.keys():
         raise UserError(f"{', '.join(both)}: give a setting in over or in alone, not in both")
-    base = {k: getattr(cfg if _types()[k][0] is Config else cfg.objective, k) for k in alone}
-    ways = [base, *(base | {k: v} for k, vs in alone.items() for v in vs if v != base[k])]
+    def way(g, **one):                                # all settings of `alone`, one of them changed
+        c = changed(cfg, **g, **one)
+        return {k: getattr(c if _types()[k][0] is Config else c.objective, k) for k in alone}
+    def ways(g):
+        given = way(g)
+        return [given, *(way(g, **{k: v}) for k, vs in alone.items() for v in vs if v != given[k])]
     seeds = [int(s) for s in o.seeds.split(",")]
     if len(set(seeds)) < len(seeds): raise UserError("seeds has a value twice: give each once")
     grid = [dict(zip(over, v)) for v in product(*over.values())]
-    return [dict(seed=s) | g | way for s in seeds for g in grid for way in ways]
+    return [dict(seed=s) | g | w for s in seeds for g in grid for w in ways(g)]
 
 def cell_name(cell:dict, # from `cells`
              )->str:     # of its folder
@@ -92,11 +96,8 @@ def cell_config(cfg:Config, # what all cells share; `out` is the folder of the a
                 cell:dict,  # from `cells`
                )->Config:   # of this cell
     "The settings of one student"
-    of = lambda cls: {k: v for k, v in cell.items() if _types().get(k, (None,))[0] is cls}
-    objective = replace(cfg.objective, **of(Objective))
     out = str(Path(cfg.out) / "cells" / cell_name(cell))
-    return replace(cfg, **of(Config), seed=cell["seed"], objective=objective, out=out, keep=1,
-                   track="")
+    return changed(cfg, **cell, out=out, keep=1, track="")
 
 # %% ../nbs/46_ablate.ipynb #540016e9
 def judge_cell(trainer:Trainer,  # trained

@@ -118,12 +118,11 @@ def sampled_as(own:dict, # `steps`, `w` and `origin` of a student
 def sampling_of_pipe(pipe)->dict: # `steps`, `w` and `origin`
     "What a pipeline remembers of its student"
     c = pipe.config
-    return dict(steps=c.get("steps", 4), w=c.guidance_scale, origin=c.get("origin_steps", 50))
+    return dict(steps=c.steps, w=c.guidance_scale, origin=c.origin_steps)
 
 def sampling_of_student(student)->dict: # `steps` and `w`
     "What a student remembers"
-    own = getattr(student, "sampling", dict(steps=4, w=2.))
-    return {n: own[n] for n in ("steps", "w")}
+    return {n: student.sampling[n] for n in ("steps", "w")}
 
 # %% ../nbs/50_cli.ipynb #401b2f00
 def device_named(name:str, # cpu, cuda, cuda:1, mps or xpu; empty: the best that is here

@@ -220,7 +220,7 @@ def check_finite(x:Tensor,   # any shape (...)
                  dtype=None, # precision of the network that made `x`, where it is known
                 )->Tensor:   # `x`
     "Raise `UserError` if a number is NaN or infinite"
-    if x.isfinite().all(): return x
+    if x.is_meta or x.isfinite().all(): return x        # `meta` has no numbers
     name = str(dtype).removeprefix('torch.')
     mend = _MEND.get(name, 'sample in float32, or take an earlier checkpoint')
     told = f' in {name}' if dtype else ''

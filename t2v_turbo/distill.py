@@ -6,6 +6,7 @@
 __all__ = ['Objective', 'video_frames_of', 'window_of', 'Draw', 'draw', 'StepOut', 'Distillation']
 
 # %% ../nbs/31_distill.ipynb #2973f45f
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -41,8 +42,10 @@ class Objective:
     def __post_init__(self):
         at_least(vars(self), beta_img=0, beta_vid=0, image_frames=1, video_frames=0, window=0)
         if self.k < 1 or 1000 % self.k: raise UserError(f"k {self.k} does not divide 1000")
-        if not 0 <= self.w_min <= self.w_max:
-            raise UserError(f"w range [{self.w_min}, {self.w_max}] is empty or negative")
+        if not 0 <= self.w_min <= self.w_max < math.inf:
+            raise UserError(f"w range [{self.w_min}, {self.w_max}] is empty, negative or infinite")
+        if not 0 < self.huber_c < math.inf:
+            raise UserError(f"huber_c is {self.huber_c}: give a positive number")
         if self.shape not in SHAPES_OF_J:
             raise UserError(f"reward shape {self.shape!r}: give one of {', '.join(SHAPES_OF_J)}")
 

@@ -384,11 +384,11 @@ def plan_table(rows,         # of `plan_rows`, or a part of them
     return "\n".join([*lines, told])
 
 # %% ../nbs/35_plan.ipynb #c5e547c9
-LOADING = 1.3     # host memory while weights are read, in times their size
+LOADING = 1.3     # bound on the host memory while weights are read, in times their size
 
 def host_bytes(p:Plan, # of one row
               )->int:  # bytes
-    "Host memory that loading takes: all frozen weights, and the margin"
+    "Bound on the host memory that loading takes: all frozen weights, and the margin"
     frozen = ("denoiser", "vae", "text", "rewards")
     return int(LOADING * sum(p.weights[k] for k in frozen))
 
@@ -404,8 +404,8 @@ def precision_text(name:str,  # a row of `SWITCHES`
                   )->str:
     "The precision that a row assumes, and the host memory while it loads"
     half = flags_of(name) != ""
-    told = ("bfloat16 or float16: `--dtype auto` is bfloat16 on an A100 or H100, and float16 "
-            "with a scaled loss on a T4" if half else
-            "float32, which `--dtype auto` is on a CPU only")
-    return (f"precision of frozen weights: {told}\nhost memory while loading: about "
-            f"{host_bytes(p)/GB:.1f} GB")
+    told = ("bfloat16 or float16, two bytes a weight\non a T4, V100 or RTX 20 give `--dtype "
+            "float16` instead: bfloat16 is not native there; `--dtype auto`, the default, picks "
+            "the right one on any GPU" if half else "float32, which `--dtype auto` is on a CPU only")
+    return (f"precision of frozen weights: {told}\nhost memory while loading: at most "
+            f"{host_bytes(p)/GB:.1f} GB, {LOADING:g} times the frozen weights")

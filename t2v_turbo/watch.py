@@ -123,7 +123,7 @@ class Watcher:
         world = not (cfg.data or o.prompts)          # the judges and their captions are its own
         self.judges = load_judges() if world else None
         self.prompts = look_prompts(trainer, o) * o.clips_each
-        own = getattr(trainer.student, "sampling", dict(steps=4, w=2.))
+        own = trainer.student.sampling
         self.steps = o.student_steps or own["steps"]
         self.w = own["w"] if o.student_w == -1 else o.student_w
         self.rewards = self._trained(world) | self._held_out()

@@ -17,10 +17,11 @@ from t2v_turbo.ablate import (_devices, AblateOptions, ablate, ablation_table, b
                               read_table, run_cell)
 from t2v_turbo.caches import build_cache
 from t2v_turbo.checkpoints import Stopped
-from t2v_turbo.cli import main
+from t2v_turbo.cli import main, parser, read_config
 from t2v_turbo.core import UserError
-from t2v_turbo.teachers.folders import load_teacher
-from t2v_turbo.train import Config
+from t2v_turbo.distill import Objective
+from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
+from t2v_turbo.train import Config, objective_of
 from t2v_turbo.watch import WatchOptions
 
 NBS = Path(__file__).parents[1] / "nbs"
@@ -53,6 +54,25 @@ def test_one_at_a_time():
     got = [(c["beta_vid"], c["ema"], c["image_frames"]) for c in cells(o, Config(ema=.9))]
     assert got == 2 * [(b, *x) for b in (0, 1) for x in ((.9, 2), (0, 2), (.5, 2), (.9, 1))]
     with pytest.raises(UserError, match="k: give a setting in over or in alone"): cells(AblateOptions(over="k=5", alone="k=2"))
+
+
+def test_every_teacher_brings_its_own_settings(tmp_path):
+    "What the user gave holds in every cell; the rest is that of the cell's teacher, also after the way to another process"
+    ms = str(tiny_modelscope(tmp_path / "ms"))
+    o = AblateOptions(over=f"teacher=tiny,{ms}", seeds="0")
+    told = read_config(parser("ablate").parse_args(["ablate", "--rank", "8", "--w_max", "40", "--out", str(tmp_path / "o")]))
+    for cfg in (told, Config(rank=8, objective=objective_of("tiny", w_max=40.)), pickle.loads(pickle.dumps(told))):
+        a, b = (cell_config(cfg, c) for c in cells(o, cfg))
+        assert (a.rank, a.objective.w_max, b.rank, b.objective.w_max) == (8, 40., 8, 40.)
+        assert (a.lr, a.lr_schedule, a.objective.w_min, a.objective.image_frames) == (1e-3, "linear", 1., 2)
+        assert (b.lr, b.lr_schedule, b.objective.w_min, b.objective.image_frames) == (1e-5, "constant", 5., 6)
+    whole = Config(objective=Objective(), lr=1e-3)                                          # all of the objective is given
+    b = cell_config(whole, cells(o, whole)[1])
+    assert b.objective == Objective() and b.lr == 1e-3 and b.rank == 32
+    got = [(c["teacher"], c["rank"]) for c in cells(replace(o, alone="rank=4,16"), Config())]
+    assert got == [("tiny", 16), ("tiny", 4), (ms, 32), (ms, 4), (ms, 16)]                  # the cell of the given settings, and one for each value
+    got = [(c["teacher"], c["rank"]) for c in cells(AblateOptions(over="", alone=f"teacher=tiny,{ms} rank=4", seeds="0"), Config())]
+    assert got == [("tiny", 16), (ms, 32), ("tiny", 4)]
 
 
 def test_bad_grids_train_nothing(tmp_path, monkeypatch, capsys):
@@ -158,8 +178,7 @@ def test_means_and_front():
 
 @pytest.mark.skipif(not (NBS / "ablation.csv").is_file(), reason="no committed ablation")
 def test_a_committed_cell_again(tmp_path):
-    "The cheapest cell of the committed grid, with the command that made it: as close as its seeds are to one another, since
-    the noise of a step is another than when the table was made"
+    "The cheapest cell of the committed grid, as close as its seeds are to one another: the noise of a step has changed since"
     rows = read_table(NBS / "ablation.csv")
     grid = sorted({(r["beta_img"], r["beta_vid"], r["seed"]) for r in rows})
     assert len(grid) == 48 and len({g[2] for g in grid}) == 3

@@ -57,6 +57,12 @@ def test_the_command_and_python_train_alike(at, kind):
     assert Config(teacher=teacher, objective=whole, rank=3).objective is whole and Config(teacher=teacher, rank=3).rank == 3
 
 
+@pytest.mark.parametrize("option, value, says", [("out", "", "out is empty"), ("w_max", "inf", "w range .1.0, inf. is empty, negative or infinite"),
+                                                 ("huber_c", "nan", "huber_c is nan"), ("huber_c", "-1", "huber_c is -1"), ("huber_c", "0", "huber_c is 0")])
+def test_settings_that_cannot_be_meant(option, value, says):
+    with pytest.raises(UserError, match=says): told(f"--{option}", value)
+
+
 def test_a_bare_objective_is_the_tiny_teachers():
     assert Objective() == Config().objective and Config() == Config(teacher="tiny-flow", out="runs/turbo").__class__()
 
@@ -184,7 +190,7 @@ FOREIGN = {"--mixed_precision", "--no-deps"}                     # of accelerate
 
 def flags():
     "Every option of every verb"
-    verbs, found = cli.parser()._subparsers._group_actions[0].choices, set()
+    verbs, found = cli.parser()._subparsers._group_actions[0].choices, {s for a in cli.parser()._actions for s in a.option_strings}
     def walk(p):
         for a in p._actions:
             found.update(a.option_strings)

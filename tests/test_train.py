@@ -77,7 +77,7 @@ def distill(out, *more, wait=True):
     cmd = [sys.executable, "-m", "t2v_turbo.cli", "distill", "--out", str(out), "--steps", "8", "--batch", "2",
            "--rank", "4", "--save_every", "2", "--eval_every", "0", "--repeats", "1", "--track", "", *more]
     p = subprocess.Popen(cmd, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return p.communicate(timeout=300) + (p.returncode,) if wait else p
+    return p.communicate(timeout=900) + (p.returncode,) if wait else p
 
 
 WHOLE = """
@@ -256,7 +256,7 @@ def test_float16_gradients_need_their_scale(tmp_path):
                                dtype="float16", rank=4, batch=1, track="", objective=Objective(beta_img=0., beta_vid=0.))))
     t.precision.scale = 1.
     got = gradients(t)["wan"]
-    assert sum(not g.any() for g in got.values()) > 9
+    assert sum(not g.any() for g in got.values()) > 4
 
 
 def test_other_precisions_are_not_scaled(tmp_path):
@@ -389,6 +389,28 @@ def test_a_swapped_network_under_the_same_name_is_refused(tmp_path, monkeypatch,
     for step in store.steps():                                     # an older checkpoint, which does not know
         state = store.load(step); del state["identity"], state["scale"]; store.save(step, state)
     assert t.resume()
+
+
+def as_before(state):
+    "The checkpoint as the version before wrote it: no format, and settings that were no options yet"
+    del state["format"], state["identity"], state["scale"], state["clips"]
+    for n in ("lr_schedule", "mix", "missing", "variant"): del state["config"][n]
+    del state["config"]["objective"]["window"]; state["config"]["objective"]["video_frames"] = 4
+
+
+def test_a_checkpoint_of_the_version_before(tmp_path):
+    "A run that is not finished would go on with other noise, so it is refused in one sentence; a finished one is read"
+    make = lambda steps, **more: Trainer(Config(out=str(tmp_path), steps=steps, batch=2, rank=2, track="", **more))
+    t = make(1)
+    for _ in t.fit(): pass
+    store = t.store; state = store.load(1); as_before(state); store.save(1, state)
+    with pytest.raises(UserError, match="step-00000001.pt' is of an earlier version, which drew the noise of each step from other seeds: finish this run "
+                                        "with the version that began it, and there is no earlier one"): make(2).resume()
+    assert make(1).resume() and make(1, objective=Objective(video_frames=4)).resume()      # what 0, the default, comes to
+    for more in (dict(lr_schedule="constant"), dict(objective=Objective(video_frames=8)), dict(objective=Objective(window=8))):
+        with pytest.raises(UserError, match="made with other settings"): make(1, **more).resume()
+    state["format"] = 99; store.save(1, state)
+    with pytest.raises(UserError, match="is of a later version .*: update the package"): make(1).resume()
 
 
 def test_a_student_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
