@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 CHILD = """
-import gc, resource, sys, torch
+import gc, torch
 from t2v_turbo.pipeline import T2VTurboPipeline
 def status(name):
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(name + ":")) / 1024
@@ -20,25 +20,25 @@ gc.collect(); before = status("VmRSS")
 pipe = T2VTurboPipeline.from_pretrained({folder!r}, dtype=torch.{dtype})
 nets = (pipe.denoiser, pipe.vae, pipe.text_encoder)
 weights = sum(v.nbytes for n in nets for v in n.state_dict().values()) / 2**20
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = status("VmHWM")                                # ru_maxrss would count the parent, too
 assert {{p.dtype for n in nets for p in n.parameters()}} == {{torch.{dtype}}}
 print(f"RESULT {{weights:.0f}} {{peak - before:.0f}}")
 """
 
 
-def make(folder, channels, rank):
+def make(folder, channels, rank, layers=2):
     "A teacher in float32, a random student on it, and the same student as a whole model"
     import torch
     from diffusers import UNet3DConditionModel
     from t2v_turbo.core import make_gen
     from t2v_turbo.pipeline import T2VTurboPipeline
-    from t2v_turbo.student import Student, load_student
+    from t2v_turbo.student import Student
     from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
     if (folder / "whole").is_dir(): return
     tiny_modelscope(folder / "small")
     tiny_modelscope(folder / "teacher")
     kinds = ("CrossAttnDownBlock3D",) * (len(channels) - 1) + ("DownBlock3D",)
-    net = UNet3DConditionModel(sample_size=4, block_out_channels=channels, cross_attention_dim=32, down_block_types=kinds,
+    net = UNet3DConditionModel(sample_size=4, block_out_channels=channels, cross_attention_dim=32, down_block_types=kinds, layers_per_block=layers,
                                up_block_types=tuple(k.replace("Down", "Up") for k in reversed(kinds)))
     net.save_pretrained(folder / "teacher/unet")
     for name in ("small", "teacher"):
@@ -46,7 +46,7 @@ def make(folder, channels, rank):
         with torch.no_grad():
             for p in student.trainable().values(): p.copy_(.01 * torch.randn(p.shape, generator=make_gen(0)))
         student.save(folder / f"{name} student")
-    T2VTurboPipeline.from_student(load_student(folder / "teacher student")).save_pretrained(folder / "whole")
+    T2VTurboPipeline.from_pretrained(folder / "teacher student").save_pretrained(folder / "whole")
 
 
 def measure(folder, warm, dtype):
@@ -62,11 +62,12 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--folder", type=Path, required=True, help="for the weights; kept, and used again")
     p.add_argument("--channels", default="128,256,512,512", help="of the UNet's levels")
+    p.add_argument("--layers", type=int, default=2, help="in a block of the UNet")
     p.add_argument("--rank", type=int, default=64, help="of LoRA")
     p.add_argument("--dtypes", default="float32,float16,bfloat16")
     a = p.parse_args()
     subprocess.run([sys.executable, "-c", f"from bench.load_memory import make; from pathlib import Path\nmake(Path({str(a.folder)!r}), "
-                    f"{tuple(map(int, a.channels.split(',')))}, {a.rank})"], check=True, cwd=Path(__file__).parent.parent)
+                    f"{tuple(map(int, a.channels.split(',')))}, {a.rank}, {a.layers})"], check=True, cwd=Path(__file__).parent.parent)
     worst = 0.
     for kind, name in (("adapters", "teacher student"), ("whole model", "whole")):
         for dtype in a.dtypes.split(","):

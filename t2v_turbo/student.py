@@ -156,7 +156,7 @@ def fold_lora(W:Tensor,     # weight of a linear or convolution layer `(o i ...)
               piece:int=2**18, # numbers of the sum in memory at a time
              )->None:
     "$W$ + scale $BA$ in float32, rounded once to the precision of $W$; a few rows at a time"
-    A, B = A.flatten(1).float(), B.flatten(1).float()
+    A, B = (x.flatten(1).to(W.device, torch.float32) for x in (A, B))
     step = min(len(W), max(1, piece // A.shape[1]))
     buffer = torch.empty(step, A.shape[1], device=W.device)
     for i in range(0, len(W), step):
