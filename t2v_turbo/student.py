@@ -164,6 +164,7 @@ def fold_lora(W:Tensor,     # weight of a linear or convolution layer `(o i ...)
         out.copy_(rows.flatten(1)).addmm_(B[i:i + step], A, alpha=scale)
         rows.copy_(out.view_as(rows))
 
+# %% ../nbs/30_student.ipynb #9a7c925f
 def _is_plain(m):
     "Whether a layer of PEFT is $W + BA$ and no variant of it"
     base, extra = m.get_base_layer(), [*m.lora_variant, *filter(None, m.lora_bias.values())]
