@@ -13,7 +13,7 @@ from importlib import import_module
 from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Never, Self
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
@@ -47,22 +47,18 @@ class T2VTurboPipeline(DiffusionPipeline):
         def as_teacher(self, frames:int|None=None, size:tuple|None=None)->Teacher: ...
         def resized(self, num_frames, height, width)->Teacher: ...
         def __call__(self, prompt=None, num_inference_steps:int|None=None,
-                     guidance_scale:float|None=None, num_frames:int|None=None,
-                     height:int|None=None, width:int|None=None, generator=None,
-                     latents:Tensor|None=None, origin_steps:int|None=None,
-                     output_type:str="np", return_dict:bool=True, callback_on_step_end=None,
-                     callback_on_step_end_tensor_inputs:list|None=None,
-                     prompt_embeds:Tensor|None=None, num_videos_per_prompt:int=1,
-                     **kwargs:Never)->T2VTurboOutput: ...
+            guidance_scale:float|None=None, num_frames:int|None=None, height:int|None=None,
+            width:int|None=None, generator=None, latents:Tensor|None=None, origin_steps:int|None
+            =None, output_type:str="np", return_dict:bool=True, callback_on_step_end=None,
+            callback_on_step_end_tensor_inputs:list|None=None, prompt_embeds:Tensor|None=None,
+            num_videos_per_prompt:int=1, **kwargs:Never)->T2VTurboOutput: ...
         def fingerprint(self)->str: ...
         @classmethod
-        def from_student(cls, student:Student,
-                         guidance_scale:float|None=None)->"T2VTurboPipeline": ...
+        def from_student(cls, student:Student, guidance_scale:float|None=None)->Self: ...
         @classmethod
-        def from_teacher(cls, t:Teacher,
-                         guidance_scale:float|None=None)->"T2VTurboPipeline": ...
+        def from_teacher(cls, t:Teacher, guidance_scale:float|None=None)->Self: ...
         @classmethod
-        def from_pretrained(cls, folder:str|Path, dtype=None, **kwargs)->"T2VTurboPipeline": ...
+        def from_pretrained(cls, folder:str|Path, dtype=None, **kwargs)->Self: ...
 
     def __init__(self,
                  vae:nn.Module,          # as in `Teacher`
@@ -82,8 +78,7 @@ class T2VTurboPipeline(DiffusionPipeline):
         self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer,
                               denoiser=denoiser, scheduler=scheduler)
         self.register_to_config(num_frames=num_frames, fps=fps, guidance_scale=guidance_scale,
-                                height=height, width=width, origin_steps=origin_steps,
-                                steps=steps)
+            height=height, width=width, origin_steps=origin_steps, steps=steps)
         self.video_processor = VideoProcessor(do_resize=False)
 
 # %% ../nbs/32_pipeline.ipynb #6163570b

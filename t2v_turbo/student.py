@@ -296,6 +296,7 @@ def _read_sampling(path, meta):
     _check_range(path, old, dict(k=(1, 1000), w_min=(0, 1e4), w_max=(0, 1e4)))
     return told, SimpleNamespace(**{k: old[k] for k in kinds})
 
+# %% ../nbs/30_student.ipynb #340ed047
 def read_student(folder:str|Path, # written by `Student.save`
                 )->tuple: # student.json, LoraConfig, and what `_read_sampling` found
     "The settings of a saved student, checked; no weights are read"
@@ -341,6 +342,7 @@ def _check_teacher(folder, his, teacher):
         raise UserError(f"the student in {str(folder)!r} belongs to another teacher (fingerprints "
                         f"{his}, but {teacher.name!r} has {mine})")
 
+# %% ../nbs/30_student.ipynb #fe93e791
 def _empty_student(folder, teacher, dtype, options):
     "A saved student on its teacher, all checked, but its LoRA is still to be read"
     check_peft()
@@ -368,6 +370,7 @@ def _empty_student(folder, teacher, dtype, options):
     steps_of(student.sampling)                         # refuses what nobody can sample
     return student, path
 
+# %% ../nbs/30_student.ipynb #50a04606
 def load_student(folder:str|Path,      # written by `Student.save`
                  teacher:Teacher|None=None, # its teacher, if it is already loaded
                  dtype:torch.dtype=torch.float32, # of a teacher that is not yet
@@ -429,6 +432,7 @@ def load_tensors(self:Student,
         for k in state.keys() - lora.keys(): net.get_parameter(at[k]).copy_(state[k])
     self.whole = [k for k in state if ".base_layer." in k]   # `save` stores them again
 
+# %% ../nbs/30_student.ipynb #0b6df5e6
 @patch
 @torch.no_grad()
 def merge_from(self:Student,

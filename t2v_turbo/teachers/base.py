@@ -86,8 +86,7 @@ class Teacher(nn.Module):
         self.schedule = Schedule.from_diffusers(scheduler)
         self.prediction_type = scheduler.config.prediction_type
         cfg, f = vae.config, 2 ** (len(vae.config.block_out_channels) - 1)
-        size = size or cfg.sample_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = (s, s) if isinstance(s := size or cfg.sample_size, int) else tuple(s)
         self.video_shape = (cfg.in_channels, frames, *size)          # (c t h w) of a clip
         self.latent_shape = (cfg.latent_channels, frames, size[0] // f, size[1] // f)
         mean, std = cfg.latents_mean, cfg.latents_std
@@ -575,6 +574,7 @@ def load_part(cls:type,     # a diffusers or transformers class
                         "give the folder as it was published or converted")
     return part
 
+# %% ../../nbs/10_teachers.ipynb #0319f60c
 def read_about(folder:str|Path, # of a teacher
               )->dict:          # `{}` without the file
     "What `teacher.json` holds: `frames`, `fps`, `size`, `kind`, as far as they are there"
