@@ -248,6 +248,14 @@ def interrupt(self:T2VTurboPipeline)->bool:
     "Whether sampling ends after this step"
     return getattr(self, "_interrupt", False)
 
+# %% ../nbs/32_pipeline.ipynb #0dc432be
+def _check_call(w, output_type):
+    "Refuse a guidance scale or a layout that cannot be"
+    if not isinstance(w, Real) or not 0 <= w < math.inf: raise UserError(
+        f"guidance_scale {w!r} is negative or no number: give 0 (no guidance) or more")
+    if output_type not in (kinds := ("np", "pil", "pt", "latent")): raise UserError(
+        f"output_type {output_type!r}: give one of {', '.join(kinds)}")
+
 # %% ../nbs/32_pipeline.ipynb #d97ce2e5
 @patch_to(T2VTurboPipeline)
 @torch.no_grad()
@@ -274,10 +282,7 @@ def __call__(self,
     c, dev = self.config, self._execution_device
     steps = steps_of(dict(steps=c.steps, origin=c.origin_steps), num_inference_steps, origin_steps)
     w = c.guidance_scale if guidance_scale is None else guidance_scale
-    if not isinstance(w, Real) or not 0 <= w < math.inf: raise UserError(
-        f"guidance_scale {w!r} is negative or no number: give 0 (no guidance) or more")
-    if output_type not in (kinds := ("np", "pil", "pt", "latent")): raise UserError(
-        f"output_type {output_type!r}: give one of {', '.join(kinds)}")
+    _check_call(w, output_type)
     names = self._names(callback_on_step_end, callback_on_step_end_tensor_inputs)
     model = self.resized(num_frames, height, width)
     ctx = self._context(model, prompt, prompt_embeds, num_videos_per_prompt)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Flow', 'with_places', 'GuidedWan', 'guided_wan', 'FlowTeacher', 'flow_scheduler', 'check_clip', 'WanTeacher',
-           'as_history', 'tiny_tokenizer', 'tiny_wan', 'reach_of', 'save_wan', 'load_wan', 'wan_lora', 'save_wan_lora',
-           'stock_scheduler']
+           'as_history', 'tiny_tokenizer', 'tiny_wan', 'reach_of', 'save_wan', 'load_wan', 'one_rank', 'wan_lora',
+           'save_wan_lora', 'stock_scheduler']
 
 # %% ../../nbs/14_wan.ipynb #99e9cfe1
 import html
@@ -390,6 +390,18 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
     _check_fit(teacher, folder)
     return teacher
 
+# %% ../../nbs/14_wan.ipynb #ca967984
+def one_rank(state:dict, # LoRA as PEFT names it: `lora_A.weight` (r, ...), `lora_B.weight` (n, r, ...)
+            )->dict:     # the same names
+    "Pad all matrices with zeros to the largest rank"
+    state, downs = dict(state), [k for k in state if k.endswith("lora_A.weight")]
+    rank = max(len(state[k]) for k in downs)
+    for k in downs:
+        a, b, n = state[k], state[up := k.replace("lora_A", "lora_B")], rank - len(state[k])
+        state[k] = torch.cat([a, a.new_zeros(n, *a.shape[1:])])
+        state[up] = torch.cat([b, b.new_zeros(len(b), n, *b.shape[2:])], 1)
+    return state
+
 # %% ../../nbs/14_wan.ipynb #5d4dd51e
 def wan_lora(denoiser:GuidedWan, # with LoRA of any rank and alpha, as `Student` makes it
              w:float=4.,         # guidance scale to keep, 0 is none
@@ -412,6 +424,7 @@ def wan_lora(denoiser:GuidedWan, # with LoRA of any rank and alpha, as `Student`
                   f"{last}.lora_B.bias": proj.new_zeros(time.out_features)}
     e = w_embedding(torch.tensor([float(w)], device=proj.device))[0].to(proj.dtype)
     state[f"{last}.lora_B.bias"] = state[f"{last}.lora_B.bias"] + proj @ e
+    state = one_rank(state)
     return {f"transformer.{k}": v.detach().contiguous().cpu() for k, v in state.items()}
 
 def save_wan_lora(denoiser:GuidedWan, # as for `wan_lora`
