@@ -120,7 +120,7 @@ def _beating(lock):
     return False
 
 def _touched(lock):
-    with suppress(OSError), open(lock) as f: return os.fstat(f.fileno()).st_mtime_ns  # NFS looks anew
+    with suppress(OSError), open(lock) as f: return os.fstat(f.fileno()).st_mtime_ns  # NFS looks
 
 # %% ../nbs/32a_checkpoints.ipynb #eddafb3d
 def _sign(fd, lock, host, sure):

@@ -118,7 +118,7 @@ def show_strips(clips:Tensor, # clips (n c t h w) in [0, 1]
 
 # %% ../nbs/00_core.ipynb #0b0eae75
 @contextmanager
-def atomic(path,           # the file or folder to appear at the end; its folder is made when missing
+def atomic(path,           # the file or folder to appear at the end; its folder is made if missing
            sync:bool=True, # flush it to the disk, so that a power cut does not undo it
           ):
     "Give a temporary path beside `path`; rename it at the end, remove it after an error"
@@ -162,7 +162,7 @@ def _flush(path, within=True):
     fd = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
     try: os.fsync(fd)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise     # this file system has no such thing
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise   # not every file system has it
     finally: os.close(fd)
 
 # %% ../nbs/00_core.ipynb #0a681f50

@@ -142,7 +142,7 @@ def evaluate(sampler:Sampler, # what is asked for clips
              repeats:int=4,  # clips per prompt
              batch:int=24,   # clips sampled at a time
             )->dict:         # one row of the table, ready for JSON
-    "Time and judge one sampler; `mean` is over the four judges, `ci95` over prompts, for this student alone"
+    "Time and judge one sampler; `mean` is over the judges, `ci95` over prompts of this student"
     if not prompts: raise UserError("no prompts to evaluate on: give one or more captions")
     scores, motion, seconds = [], [], []
     for part, clips, s in timed_batches(sampler, list(prompts) * repeats, seed, batch):

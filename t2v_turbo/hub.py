@@ -230,6 +230,7 @@ def _patiently(get, tries=3):
             broke = type(e).__module__.startswith("httpx") or isinstance(e, ConnectionError)
             if not left or not broke: raise
 
+# %% ../nbs/08_hub.ipynb #14218818
 def _snapshot(repo, revision, files):
     "The hub's own download; older versions return half a snapshot if the hub goes away meanwhile"
     exact = [glob.escape(f) for f in files]
@@ -237,6 +238,7 @@ def _snapshot(repo, revision, files):
     if gone := [f for f in files if not (at/f).exists()]: raise ConnectionError(f"no {gone[0]}")
     return at
 
+# %% ../nbs/08_hub.ipynb #689dd699
 def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
                  variant=None, # see `pick`
                  dtype=None,   # see `pick`

@@ -406,6 +406,6 @@ def precision_text(name:str,  # a row of `SWITCHES`
     half = flags_of(name) != ""
     told = ("bfloat16 or float16, two bytes a weight\non a T4, V100 or RTX 20 give `--dtype "
             "float16` instead: bfloat16 is not native there; `--dtype auto`, the default, picks "
-            "the right one on any GPU" if half else "float32, which `--dtype auto` is on a CPU only")
+            "the right one on any GPU" if half else "float32, which `auto` is on a CPU only")
     return (f"precision of frozen weights: {told}\nhost memory while loading: at most "
             f"{host_bytes(p)/GB:.1f} GB, {LOADING:g} times the frozen weights")

@@ -475,7 +475,8 @@ def state(self:Trainer)->dict:
                                    options=options) if self.opt.optimizer.state else None
     ema = self.ema and self.ema.state_dict()
     if ema: ema["shadow_params"] = [whole(p) for p in ema["shadow_params"]]
-    return dict(format=FORMAT, step=self.step, skipped=self.skipped, in_a_row=self.in_a_row, optimizer=opt,
+    return dict(format=FORMAT, step=self.step, skipped=self.skipped, optimizer=opt,
+                in_a_row=self.in_a_row,
                 config=asdict(self.cfg), data=self.source.fingerprint(),
                 clips=self.source.record() if hasattr(self.source, "record") else None,
                 texts=self.texts.fingerprint() if self.texts else "",
@@ -526,6 +527,7 @@ def take_over(self:Trainer, state:dict):
     if state.get("clips") and hasattr(self.source, "take_over"):
         self.source.take_over(state["clips"])
 
+# %% ../nbs/33_train.ipynb #6091b2f7
 @patch
 def check(self:Trainer, state:dict):
     "Refuse the checkpoint of another run"
@@ -552,6 +554,7 @@ def check(self:Trainer, state:dict):
     differ = [k for k in mine if k not in FREE and mine[k] != his.get(k)]
     if differ: raise UserError(f"{path!r} was made with other settings ({', '.join(differ)})")
 
+# %% ../nbs/33_train.ipynb #66328806
 @patch
 def resume(self:Trainer)->bool: # whether there was a checkpoint
     "Go on from the newest checkpoint that can be used; the main process chooses it for all"

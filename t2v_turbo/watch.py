@@ -288,7 +288,7 @@ def watch(trainer:Trainer, # perhaps resumed
                 if (best := _look(trainer, looks, o)) is not None: return best
 
 def _look(trainer, looks, o):
-    "One look; a collective. Keeps the checkpoint of the best, returns its step if the run must stop"
+    "One look; a collective. Keeps the best one's checkpoint, returns its step if the run must stop"
     is_best, best = broadcast_object_list(list(looks.note() if looks else (False, None)))
     if is_best:
         trainer.save()

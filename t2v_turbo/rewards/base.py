@@ -170,6 +170,7 @@ def in_chunks(f,          # a function of images `(n c h w)`
     if n is None or len(x) <= n: return f(x)
     return torch.cat([checkpoint(f, part, use_reentrant=False) for part in x.split(n)])
 
+# %% ../../nbs/20_rewards.ipynb #335ab6e5
 class Reward(nn.Module):
     "A frozen network that scores clips: `prepare` the pixels, then `score` them"
     if TYPE_CHECKING: # by each subclass

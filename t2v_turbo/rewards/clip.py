@@ -349,7 +349,9 @@ def clip_merges(vocabulary=None, # see `merges_of`; `None` or empty: wherever it
 
 # %% ../../nbs/22_clip_rewards.ipynb #b4511df0
 HPS = Facts("hpsv2.1", 1, 77, 224, "Apache-2.0", "xswu/HPSv2/HPS_v2.1_compressed.pt")
+
 CLIPSCORE = Facts("clipscore", 1, 77, 224, "MIT", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+
 PICKSCORE = Facts("pickscore", 1, 77, 224, "MIT", "yuvalkirstain/PickScore_v1")
 
 def named(where, # a folder, or a name on the hub
@@ -363,6 +365,7 @@ def named(where, # a folder, or a name on the hub
                         "a name on the hub")
     return where
 
+# %% ../../nbs/22_clip_rewards.ipynb #d80bbeaa
 def model_folder(where,         # a folder, or a name on the hub
                  what:str,      # how an error calls the weights
                  dtype=None,    # in which the weights will be used
@@ -376,6 +379,7 @@ def model_folder(where,         # a folder, or a name on the hub
     try: return fetch_folder(where, None, dtype, weights)
     except UserError as e: raise UserError(f"{what}: no folder {where!r}, and {e}") from None
 
+# %% ../../nbs/22_clip_rewards.ipynb #fc950783
 def pretrained(cls:type[_Net], # a transformers model class
                folder:str, # folder or hub name
                dtype:torch.dtype, # of its weights

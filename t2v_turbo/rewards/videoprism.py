@@ -19,6 +19,7 @@ from .clip import pretrained, squash, tokenizer_of
 
 # %% ../../nbs/25_videoprism.ipynb #446ab935
 PRISM_B = Facts("videoprism-base", 16, 64, 288, "Apache-2.0", "google/videoprism-lvt-base-f16r288")
+
 PRISM_L = Facts("videoprism-large", 8, 64, 288, "Apache-2.0", "google/videoprism-lvt-large-f8r288")
 
 def stock(name:str, # of a class
@@ -36,6 +37,7 @@ def checkpointing(net:nn.Module, # of transformers
     name = f"checkpointing_{'enable' if on else 'disable'}"
     (getattr(net, f"activation_{name}", None) or getattr(net, f"gradient_{name}"))()
 
+# %% ../../nbs/25_videoprism.ipynb #ee9ed845
 class VideoPrism(CosineReward):
     "Cosine between VideoPrism's vectors of a clip and of its prompt"
     def __init__(self,

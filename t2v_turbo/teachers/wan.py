@@ -192,7 +192,7 @@ def check_clip(frames:int,  # frames of a clip
 # %% ../../nbs/14_wan.ipynb #2a4da18a
 class WanTeacher(FlowTeacher):
     "Wan 2.1: 4k+1 frames, a VAE that is causal in time, UMT5"
-    window:int = 21         # frames that the rewards of one step lie within: 6 latents with gradient
+    window:int = 21         # frames that the rewards of a step lie within: 6 latents with gradient
     warm_up:int|None = None # latents of history before them, 1 or more; `None`: all, which is exact
     def __init__(self,
                  name:str,             # how logs and saved students call it
@@ -391,7 +391,7 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
     return teacher
 
 # %% ../../nbs/14_wan.ipynb #ca967984
-def one_rank(state:dict, # LoRA as PEFT names it: `lora_A.weight` (r, ...), `lora_B.weight` (n, r, ...)
+def one_rank(state:dict, # LoRA as PEFT names it: `lora_A.weight` (r, ...), `lora_B.weight` (n, r, ..)
             )->dict:     # the same names
     "Pad all matrices with zeros to the largest rank"
     state, downs = dict(state), [k for k in state if k.endswith("lora_A.weight")]
