@@ -183,12 +183,8 @@ class Trainer:
         self.store = Checkpoints(cfg.out, cfg.keep, cfg.keep_every)
         teacher = self._teacher()
         with self.together(): self.source = self._source(teacher)
-        self.texts = open_texts(cfg.texts, teacher) if cfg.texts else None
-        self.identity = dict(teacher=teacher.identity())
-        if self.texts:                   # nobody asks the encoder any more
-            for n in ("text_encoder", "tokens"): del self.identity["teacher"][n]
-            teacher.text_encoder = nn.Module()
-            teacher.encode_text = lambda prompts: self.texts(prompts).to(teacher.device)
+        self.identity, self.texts = dict(teacher=teacher.identity()), None
+        if cfg.texts: self._read_texts(teacher)
         self.student = Student(teacher, cfg.rank, cfg.seed)
         self.student.sampling = sampling_of(cfg.objective, teacher)
         model = self._model(image_reward, video_reward)
@@ -208,6 +204,14 @@ def _identity_of(reward):
     if hasattr(reward, "identity"): return reward.identity()
     held = isinstance(reward, nn.Module) and any(True for _ in reward.parameters())
     return dict(weights=weights_ids(reward)) if held else {}
+
+@patch
+def _read_texts(self:Trainer, teacher):
+    "A cache of texts stands in for the text encoder, which leaves the memory"
+    self.texts = open_texts(self.cfg.texts, teacher)
+    for n in ("text_encoder", "tokens"): del self.identity["teacher"][n]
+    teacher.text_encoder = nn.Module()
+    teacher.encode_text = lambda prompts: self.texts(prompts).to(teacher.device)
 
 # %% ../nbs/33_train.ipynb #58bffff5
 @patch
