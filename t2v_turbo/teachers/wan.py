@@ -391,7 +391,7 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
     return teacher
 
 # %% ../../nbs/14_wan.ipynb #ca967984
-def one_rank(state:dict, # LoRA as PEFT names it: `lora_A.weight` (r, ...), `lora_B.weight` (n, r, ..)
+def one_rank(state:dict, # LoRA as PEFT names it: `lora_A.weight (r ..)`, `lora_B.weight (n r ..)`
             )->dict:     # the same names
     "Pad all matrices with zeros to the largest rank"
     state, downs = dict(state), [k for k in state if k.endswith("lora_A.weight")]
