@@ -193,8 +193,8 @@ def over_prompts(a:list, # rows of `evaluate`
     return statistics.fmean(r["ci95"]**2 + q["ci95"]**2 for r, q in zip(a, b))**.5
 
 def verdict(mean:float, # from `paired`, of a difference that is claimed to be above zero
-            low:float,
-            high:float,
+            low:float,  # lower end of its 95% interval
+            high:float, # upper end
            )->str: # agrees, disagrees or not told apart
     "What a 95% interval says about a claim; one without width says nothing"
     if high - low < 1e-9: return "not told apart"

@@ -40,7 +40,7 @@ def guidance_of(teacher:Teacher)->float: # 0 is no guidance
     except UserError: return DEFAULTS["videocrafter2"].guidance    # put together by hand
 
 def sampling_of(objective,      # has `k`, `w_min` and `w_max`; `None` if unknown
-                teacher:Teacher,
+                teacher:Teacher, # its guidance and fps are the defaults
                )->dict:         # steps, w, origin (timesteps of the grid) and fps
     "How a student of this objective is sampled"
     w, origin = guidance_of(teacher), 50
