@@ -14,7 +14,6 @@ __all__ = ['DTYPES', 'ABLATE', 'MS_MODEL', 'CONVERT', 'TRAINS', 'type_of', 'add_
 # %% ../nbs/50_cli.ipynb #451ff71a
 import argparse
 import errno
-import json
 import math
 import os
 import sys
@@ -360,11 +359,10 @@ class EvaluateOptions:
 def judged_student(folder, # of a student
                   ):       # a `Student` of the tiny world
     "Load a student that the shipped judges can judge; refuse any other before it is loaded"
-    from t2v_turbo.student import load_student
+    from t2v_turbo.student import load_student, read_student
     from t2v_turbo.teachers.folders import in_tiny_world
-    try: name = json.loads((Path(folder) / "student.json").read_text())["teacher"]
-    except (OSError, ValueError, LookupError, TypeError): name = "tiny"   # `load_student` refuses
-    if not in_tiny_world(str(name)): raise UserError(
+    name = read_student(folder)[0]["teacher"]            # a damaged one is refused here
+    if not in_tiny_world(name): raise UserError(
         f"the student in {str(folder)!r} has teacher {name!r}, but the judges know the tiny world "
         "only: give its videos to a benchmark, see `t2v-turbo generate`")
     return load_student(folder)
