@@ -165,6 +165,7 @@ def distill(cfg=None,     # a `train.Config`
            )->dict:       # rows, paths
     "Train a student, sample it, judge it, and write `results.json` and `report.html`"
     from t2v_turbo.checkpoints import claim_together
+    from t2v_turbo.rewards.names import reward_named
     from t2v_turbo.rewards.tiny import REWARD_KINDS
     from t2v_turbo.train import Config, Trainer, warn_of_words
     from t2v_turbo.watch import WatchOptions, look_every, look_prompts
@@ -175,7 +176,7 @@ def distill(cfg=None,     # a `train.Config`
     main, prompts = trainer.accelerator.is_main_process, []
     if every: prompts = look_prompts(trainer, looks)
     if main and looks.held_out in REWARD_KINDS:
-        warn_of_words([looks.held_out], prompts, looks.prompts or "the tiny world")
+        warn_of_words([reward_named(looks.held_out)], prompts, looks.prompts or "the tiny world")
     with claim_together(cfg.out, trainer.accelerator), trainer.together():
         best = train(trainer, looks)             # the last that needs every process
         return report(trainer, extra, looks, best) if main else {}

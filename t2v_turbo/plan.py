@@ -45,8 +45,9 @@ from .teachers.wan import WanTeacher, flow_scheduler, guided_wan
 class NoWords:
     "Stands in for a tokenizer where no text is read: every prompt is zeros"
     pad_token_id, model_max_length = 0, 77
-    def __call__(self, prompts, max_length=None, **_):
-        return dict(input_ids=torch.zeros(len(prompts), max_length or 1, dtype=torch.long))
+    def __call__(self, prompts, max_length=None, return_tensors=None, **_):
+        ids = torch.zeros(len(prompts), max_length or 1, dtype=torch.long)
+        return dict(input_ids=ids if return_tensors else ids.tolist())
 
 def _unet_parts(size):
     vae = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,

@@ -470,10 +470,9 @@ def _over_prompts(won, n, draws, seed):
     keep = n > 0
     won, n = won[keep], n[keep]
     if len(n) < 2: return None
-    share = lambda i, axis=-1: won[i].sum(axis) / n[i].sum(axis)
-    ci = stats.bootstrap((np.arange(len(n)),), share, n_resamples=draws, vectorized=True,
-                         method="percentile", rng=np.random.default_rng(seed)).confidence_interval
-    return float(ci.low), float(ci.high)
+    again = np.random.default_rng(seed).integers(len(n), size=(draws, len(n)))
+    low, high = np.quantile(won[again].sum(1) / n[again].sum(1), [.025, .975])
+    return float(low), float(high)
 
 def win_rates(votes:list,     # of `Ratings`
               draws:int=2000, # of the bootstrap

@@ -266,16 +266,16 @@ def check_rewards(cfg:Config,        # what is trained
 # %% ../nbs/33_train.ipynb #45b071fd
 from .caches import prompts_of
 from .rewards.tiny import TinyReward
-from .teachers.tiny import tiny_tokenizer
 
-def warn_of_words(names:list,    # of rewards of the tiny world
+def warn_of_words(rewards:list,  # those that know a few words only
                   captions:list, # `list[str]`
                   where:str,     # names the captions in the warning
                  )->None:
     "Warn if rewards of the tiny world get captions with words that they do not know"
-    odd = sorted({w for c in captions for w in c.split()} - tiny_tokenizer().get_vocab().keys())
-    if names and odd: warnings.warn(
-        f"reward {' and '.join(names)} does not know {len(odd)} words of the captions in {where!r} "
+    known = set().union(*(r.tokenizer.get_vocab() for r in rewards))
+    odd = sorted({w for c in captions for w in c.split()} - known)
+    if rewards and odd: warnings.warn(
+        f"reward {' and '.join(r.facts.name for r in rewards)} does not know {len(odd)} words of the captions in {where!r} "
         f"({', '.join(odd[:5])}): its score means nothing there; give a reward that reads them, or "
         "weight 0")
 
@@ -294,7 +294,7 @@ def _model(self:Trainer, image_reward, video_reward):
     named = rewards_from(names, own, cfg.vocabulary or None)
     model = Distillation(self.student, o, image_reward or named["image"],
                          video_reward or named["video"])
-    known = [m.facts.name for m in model.modules() if isinstance(m, TinyReward)]
+    known = [m for m in model.modules() if isinstance(m, TinyReward)]
     if known and cfg.data and self.accelerator.is_main_process:
         warn_of_words(known, prompts_of(self.source, 64), cfg.data)
     return model

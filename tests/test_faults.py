@@ -337,7 +337,11 @@ def fast(monkeypatch):
     monkeypatch.setattr(checkpoints, "BEAT", .1)
 
 
-@pytest.mark.parametrize("text", [f"{os.getpid()} {socket.gethostname()}", f"1 {socket.gethostname()}", "17 a-machine-that-was-lost", "17", "", "\0\xff"])
+HOST = socket.gethostname()
+
+
+@pytest.mark.parametrize("text", [f"{os.getpid()} {HOST}", f"1 {HOST}", "17 a-machine-that-was-lost", "17", "", "\0\xff"],
+                         ids=["mine", "first", "elsewhere", "half", "empty", "bytes"])      # the same in all processes of pytest-xdist
 def test_a_lock_that_nobody_holds(tmp_path, fast, text):
     "A restarted container has the same name and numbers; a lost machine never comes back to unlock"
     (tmp_path / "run.lock").write_bytes(text.encode("latin-1"))

@@ -26,7 +26,8 @@ except UserError as e: print(e)
 def beside(folder, version):
     "What a program prints that finds such a torchao installed"
     if version:
-        (folder/"torchao").mkdir(); (folder/"torchao/__init__.py").write_text(f"__version__ = {version!r}")
+        (folder/"torchao/quantization").mkdir(parents=True); (folder/"torchao/__init__.py").write_text(f"__version__ = {version!r}")
+        (folder/"torchao/quantization/__init__.py").write_text("quantize_ = None")         # diffusers 0.39 imports it
         (folder/f"torchao-{version}.dist-info").mkdir()
         (folder/f"torchao-{version}.dist-info/METADATA").write_text(f"Metadata-Version: 2.1\nName: torchao\nVersion: {version}\n")
     env = os.environ | dict(PYTHONPATH=f"{folder}:{ROOT}")

@@ -346,8 +346,7 @@ def test_a_gradient_that_is_too_large_at_any_scale_ends_the_run(tmp_path, monkey
 # ---- to the very end, with the options that one gets without asking
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LAUNCHED = dict(accelerate="accelerate.commands.accelerate_cli launch --config_file configs/ddp.yaml --num_processes 2 --mixed_precision no "
-                           "--main_process_port 0",
+LAUNCHED = dict(accelerate="accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --main_process_port 0",
                 alone="accelerate.commands.accelerate_cli launch --num_processes 1",
                 torchrun="torch.distributed.run --standalone --nproc_per_node 2")
 
@@ -355,7 +354,7 @@ LAUNCHED = dict(accelerate="accelerate.commands.accelerate_cli launch --config_f
 @pytest.mark.parametrize("how", LAUNCHED)
 def test_launched_with_default_options_to_the_report(tmp_path, how):
     "Nothing is gathered after the end: the tracker is closed, the processes leave in any order, exit 0 and a report"
-    assert re.search(r"accelerate launch --config_file configs/ddp.yaml --num_processes \d+ -m t2v_turbo.cli distill", README)  # started here on 2 CPUs
+    assert re.search(r"accelerate launch --multi_gpu --num_processes \d+ -m t2v_turbo.cli distill", README)  # started here on 2 CPUs
     out = tmp_path / "o"
     run = subprocess.run([sys.executable, "-m", *LAUNCHED[how].split(), "-m", "t2v_turbo.cli", "distill", "--steps", "2", "--repeats", "1",
                           "--out", str(out)], env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=500)

@@ -152,7 +152,7 @@ def test_viclip_round_trip_and_file(tmp_path):
 def small_viclip():
     "Heads of 64 channels, as published"
     torch.manual_seed(0)
-    each = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
+    each = dict(attn_implementation="sdpa", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1,
                 hidden_act="quick_gelu")
     return viclip.ViCLIP(viclip.VICLIP_L, viclip.CLIPVisionConfig(**each, image_size=32, patch_size=8),
                          viclip.CLIPTextConfig(**each, vocab_size=520, max_position_embeddings=32,

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COLAB = sorted((ROOT / "tests").glob("colab-*.txt"))[-1]
 PYTHONS = dict(floors="3.12", colab="3.13", newest="3.11")
 PARTNERS = ("torchvision", "torchao")               # installed too: transformers, diffusers and peft look for them
-TESTS = ("pytest", "pytest-xdist")
+TESTS = ("pytest", "pytest-xdist", "click")       # click: `hf` of huggingface_hub 1.3 imports it and does not require it
 WORKERS = ("-n", "2", "--dist", "loadfile")         # of a machine with two cores, one thread each
 TORCH = "torch==2.13.0"                             # some indexes have a CPU build of it, which is 20 times smaller
 
