@@ -273,9 +273,10 @@ def warn_of_words(rewards:list,  # those that know a few words only
                  )->None:
     "Warn if rewards of the tiny world get captions with words that they do not know"
     known = set().union(*(r.tokenizer.get_vocab() for r in rewards))
+    names = " and ".join(r.facts.name for r in rewards)
     odd = sorted({w for c in captions for w in c.split()} - known)
     if rewards and odd: warnings.warn(
-        f"reward {' and '.join(r.facts.name for r in rewards)} does not know {len(odd)} words of the captions in {where!r} "
+        f"reward {names} does not know {len(odd)} words of the captions in {where!r} "
         f"({', '.join(odd[:5])}): its score means nothing there; give a reward that reads them, or "
         "weight 0")
 

@@ -128,7 +128,7 @@ def test_a_hacked_cell_is_judged_at_its_best_look(tmp_path, monkeypatch):
     cfg, o = two(tmp_path / "a")
     def stopped(trainer, looks):
         for _ in trainer.fit():
-            if trainer.step == 1: trainer.save()
+            if trainer.step == 1: trainer.save(); trainer.store.pin(1)
         return 1
     one, rest = cells(o, cfg)
     monkeypatch.setattr("t2v_turbo.ablate.watch", stopped)

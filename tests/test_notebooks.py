@@ -1,4 +1,5 @@
 "Every notebook runs from top to bottom; cells under a flag of `tst_flags` are skipped."
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def case(p):
 @pytest.mark.parametrize("nb", [case(p) for p in notebooks])
 def test_notebook(nb, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")  # nbdev's own cells ask for it
+    monkeypatch.setattr(sys, "path", [*sys.path])                       # what a notebook puts there goes with it
     failed = run_notebook(nb, flags, ROOT)
     assert failed is None, f"cell {failed} of {nb.name} fails; its traceback is above"
 

@@ -32,7 +32,7 @@ def test_meta_counts_what_a_cpu_counts(kind, switches):
     c = SMALL[kind] | switches
     meta, real = (metered(bench.build(c, d), c.get("batch", 1)) for d in ("meta", "cpu"))
     kept = lambda m: {k: v["kept"] for k, v in m.phases.items() if k != "backward"}
-    assert kept(meta) == kept(real) and list(meta.phases)[-1] == "backward" and len(meta.phases) == 9
+    assert kept(meta) == pytest.approx(kept(real), rel=1e-5) and list(meta.phases)[-1] == "backward" and len(meta.phases) == 9
     assert meta.peak == pytest.approx(real.peak, rel=.02)
     assert meta.flops == real.flops > 0
 
