@@ -125,7 +125,7 @@ def sampling_of_student(student)->dict: # `steps` and `w`
 
 # %% ../nbs/50_cli.ipynb #401b2f00
 def device_named(name:str, # cpu, cuda, cuda:1, mps or xpu; empty: the best that is here
-                )->"torch.device":
+                ): # a `torch.device`
     "A device by name, if this machine has it"
     import torch
     from t2v_turbo.core import pick_device
