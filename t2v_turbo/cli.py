@@ -823,27 +823,31 @@ def run(argv:list|None=None, # arguments, `sys.argv[1:]` by default
     return pretrain(a.out, a.scale)
 
 # %% ../nbs/50_cli.ipynb #f8171fea
+def _error(text):
+    "One line in one write, so that processes that share the stream do not mix theirs"
+    sys.stderr.write(text + "\n")
+
 def main(argv:list|None=None, # arguments, `sys.argv[1:]` by default
         )->int:          # exit status
     "The console command: a user's mistake is one sentence, not a traceback"
     try: got = run(argv); sys.stdout.flush()
     except UserError as e:
-        print(f"t2v-turbo: {e}", file=sys.stderr); return 2
+        _error(f"t2v-turbo: {e}"); return 2
     except KeyboardInterrupt as e:                 # or `Stopped` by a signal, which says more
-        print(str(e) or "stopped; the same command goes on where it was", file=sys.stderr)
+        _error(str(e) or "stopped; the same command goes on where it was")
         return 128 + getattr(e, "signum", 2)
     except BrokenPipeError:                        # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
         if not full and e.filename is None: raise
-        print(f"t2v-turbo: {e.filename or 'a file'} cannot be "
-              + (f"written ({e.strerror}): make room and run again; what was saved before is whole"
-                 if full else f"used ({e.strerror}): give another path"), file=sys.stderr)
+        _error(f"t2v-turbo: {e.filename or 'a file'} cannot be "
+               + (f"written ({e.strerror}): make room and run again; what was saved before is whole"
+                  if full else f"used ({e.strerror}): give another path"))
         return 2
     except SafetensorError as e:
-        print(f"t2v-turbo: a .safetensors file cannot be read or written ({e}): take another copy "
-              "of the weights, or make room", file=sys.stderr)
+        _error(f"t2v-turbo: a .safetensors file cannot be read or written ({e}): take another copy "
+               "of the weights, or make room")
         return 2
     return got if isinstance(got, int) else 0
 

@@ -7,6 +7,9 @@ import sys
 import tarfile
 from pathlib import Path
 
+import av
+from t2v_turbo.core import _frames_u8
+
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 SMALL = ["--steps", "4", "--batch", "4", "--rank", "2", "--save_every", "2", "--track", ""]
@@ -39,6 +42,17 @@ def launch(*args, code=0, **kw):
 
 
 def said(err): return [l[l.index("t2v-turbo: "):] for l in err.splitlines() if "t2v-turbo: " in l]
+
+
+def coded(clip):
+    "A clip (c t h w) as an MP4 with the same bytes every time: x264's lookahead, which `write_video` has, gives others now and then"
+    out, x = io.BytesIO(), _frames_u8(clip)
+    with av.open(out, "w", format="mp4") as f:
+        s = f.add_stream("libx264", rate=8, options=dict(crf="18", preset="ultrafast"))
+        s.height, s.width, s.pix_fmt = *x.shape[1:3], "yuv420p"
+        for im in x: f.mux(s.encode(av.VideoFrame.from_ndarray(im, format="rgb24")))
+        f.mux(s.encode())
+    return out.getvalue()
 
 
 def put(path, members):

@@ -16,7 +16,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from safetensors.torch import load_file
 
 import t2v_turbo.streams as streams
-from launching import ENV, ROOT, SMALL, finish, launch, put, said
+from launching import ENV, ROOT, SMALL, coded, finish, launch, put, said
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen
 from t2v_turbo.data import read_clip
@@ -56,7 +56,7 @@ def test_other_engines_are_named(tmp_path, monkeypatch, capsys):
 def tars(tmp_path_factory, real):  # noqa: F811
     "Three shards of 12 real clips, and among them a text that calls itself a video, a torn video and one without caption"
     folder, keys = tmp_path_factory.mktemp("data") / "tars", sorted(real)[:3]
-    mp4 = [streams._coded(read_clip(real[keys[i % len(keys)]], 12, (48, 64), 8, make_gen(i)), 8)[1] for i in range(12)]
+    mp4 = [coded(read_clip(real[keys[i % len(keys)]], 12, (48, 64), 8, make_gen(i))) for i in range(12)]
     pair = lambda name, data: [(f"{name}.mp4", data), (f"{name}.txt", f"a clip called {name}".encode())]
     for s in range(3):
         members = [m for i in range(4 * s, 4 * s + 4) for m in pair(f"{i:03d}", mp4[i])]
@@ -106,7 +106,7 @@ def check_agree(out, one, student=None):
     assert a.keys() == b.keys()
     for part in ("exp_avg", "exp_avg_sq"):
         x, y = (torch.cat([v.flatten() for (_, k), v in m.items() if k == part]) for m in (a, b))
-        assert (x - y).norm() < 1e-3 * y.norm() and (x - y).abs().max() < 1e-5, part
+        assert (x - y).norm() < 1e-4 * y.norm() and (x - y).abs().max() < 1e-5, part
     a, b = weights(out), weights(one)
     assert a.keys() == b.keys()
     off = torch.cat([(a[k] - b[k]).abs().flatten() for k in a])
@@ -240,8 +240,7 @@ def test_a_nan_step_under_fsdp2(tmp_path):
 def test_fsdp2_refuses_8bit_states(tmp_path):
     "bitsandbytes has no rule for tensors that are cut up: said before anything is made"
     _, err = launch("fsdp2", "--out", tmp_path / "o", "--optimizer", "adamw8bit", *SMALL, code=2)
-    told = "t2v-turbo: adamw8bit cannot step what FSDP has sharded: give --optimizer adamw"
-    assert {l.split("\n")[0].replace(told, "") for l in said(err)} == {""}     # two processes may share a line
+    assert {l.split("\n")[0] for l in said(err)} == {"t2v-turbo: adamw8bit cannot step what FSDP has sharded: give --optimizer adamw"}
     assert not (tmp_path / "o").exists()
 
 

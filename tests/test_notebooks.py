@@ -46,3 +46,12 @@ def test_a_cell_that_fails_is_found(tmp_path, bad, cell):
     cells = [dict(cell_type="markdown", source="1/0")] + [dict(cell_type="code", source=[s]) for s in sources[1:]]
     (tmp_path / "a.ipynb").write_text(json.dumps(dict(cells=[*cells, dict(cell_type="code", source=sources[0])])))
     assert run_notebook(tmp_path / "a.ipynb", ["slow"], ROOT) == cell
+
+
+def test_what_a_notebook_registers_goes_with_it(tmp_path):
+    import json
+    from t2v_turbo.teachers.folders import LOADERS
+    src = "from t2v_turbo.teachers.folders import LOADERS\nLOADERS['Strange'] = LOADERS.pop('TinyVideoDenoiser')"
+    (tmp_path / "a.ipynb").write_text(json.dumps(dict(cells=[dict(cell_type="code", source=src)])))
+    before = dict(LOADERS)
+    assert run_notebook(tmp_path / "a.ipynb", [], ROOT) is None and LOADERS == before

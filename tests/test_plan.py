@@ -31,8 +31,8 @@ SMALL = dict(unet=dict(kind="unet", width=16, frames=8, size=32), wan=dict(kind=
 def test_meta_counts_what_a_cpu_counts(kind, switches):
     c = SMALL[kind] | switches
     meta, real = (metered(bench.build(c, d), c.get("batch", 1)) for d in ("meta", "cpu"))
-    kept = lambda m: {k: v["kept"] for k, v in m.phases.items() if k != "backward"}
-    assert kept(meta) == pytest.approx(kept(real), rel=1e-5) and list(meta.phases)[-1] == "backward" and len(meta.phases) == 9
+    kept = lambda m: {k: v["kept"] for k, v in m.phases.items() if k != "backward"}     # 80 bytes of decode are only there on a CPU
+    assert kept(meta) == pytest.approx(kept(real), rel=0, abs=80) and list(meta.phases)[-1] == "backward" and len(meta.phases) == 9
     assert meta.peak == pytest.approx(real.peak, rel=.02)
     assert meta.flops == real.flops > 0
 
