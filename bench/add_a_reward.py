@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from t2v_turbo.core import make_gen, write_json
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import write_json
 from t2v_turbo.evaluate import high_frequency, judge, load_judges, motion_amount, saturation
 from t2v_turbo.pipeline import sample_student
 from t2v_turbo.rewards.base import mix

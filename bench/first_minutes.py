@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from t2v_turbo.core import write_json
+from t2v_turbo.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTS = {"import t2v_turbo": 1., "import t2v_turbo.core": None, "from t2v_turbo.pipeline import T2VTurboPipeline": None}

@@ -91,7 +91,7 @@ class Rows:
         self.rows = json.loads(self.path.read_text()) if self.path.is_file() else []
 
     def add(self, sampler, seed, w):
-        from t2v_turbo.core import write_json
+        from t2v_turbo.files import write_json
         from t2v_turbo.evaluate import evaluate, print_table
         new = dict(model=sampler.model, steps=sampler.steps, seed=seed, w=w)
         if any(all(r.get(k) == v for k, v in new.items()) for r in self.rows): return
@@ -141,7 +141,7 @@ def write_clips(a):
 
 
 def main():
-    from t2v_turbo.core import write_json
+    from t2v_turbo.files import write_json
     from t2v_turbo.evaluate import print_table, summarise
     a = options(); a.out.mkdir(parents=True, exist_ok=True)
     train_all(a.out, a)

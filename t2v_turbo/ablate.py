@@ -22,9 +22,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from .base import at_least
+from .files import UserError, at_least, atomic, write_json
 from .checkpoints import claim
-from .core import UserError, atomic, write_json
 from .distill import Objective
 from .train import Config, Trainer, changed, check_rewards
 from .watch import Watcher, WatchOptions, keep_best, look_prompts, watch

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .base import at_least
-from .core import UserError, atomic, expand_to, step_gen, sweep, write_json
+from .files import UserError, at_least, atomic, sweep, write_json
+from .core import expand_to, step_gen
 from .data import Dealt, digest, order
 from .schedule import Forward
 from .solver import DDIM, both_preds, ddim_sample

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 
-from .core import UserError, atomic, sweep, write_json
+from .files import UserError, atomic, sweep, write_json
 
 try: import fcntl
 except ImportError: fcntl = None                     # Windows

@@ -26,7 +26,7 @@ from fastcore.docments import docments
 from safetensors import SafetensorError
 
 from . import __version__
-from .base import UserError, at_least
+from .files import UserError, at_least
 
 # %% ../nbs/50_cli.ipynb #63ee377a
 def type_of(t, # of a field: a type, or one that may be `None`
@@ -371,7 +371,8 @@ def judged_student(folder, # of a student
 def evaluate(o:EvaluateOptions=EvaluateOptions(), # whom to judge
             )->list:                              # rows
     "Judge a student beside its teacher in as many steps"
-    from t2v_turbo.core import make_gen, write_json
+    from t2v_turbo.core import make_gen
+    from t2v_turbo.files import write_json
     from t2v_turbo.evaluate import Sampler, evaluate as judged, load_judges, print_table
     from t2v_turbo.pipeline import sample_student, sample_teacher
     from t2v_turbo.teachers.folders import load_teacher
@@ -678,7 +679,7 @@ def rate_report_files(files,     # csv or json files of raters
                       out="",    # folder for `ratings.json` and `ratings.png`; empty: only print
                      )->int:     # 0
     "Print win rates, agreement and bias, and draw them"
-    from t2v_turbo.core import atomic, write_json
+    from t2v_turbo.files import atomic, write_json
     from t2v_turbo.rate import print_report, rate_plot, rate_report
     if len(names) != 2:
         raise UserError(f"names {','.join(names)!r}: give two, with a comma between")

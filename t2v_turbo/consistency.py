@@ -10,7 +10,8 @@ __all__ = ['boundary', 'consistency_fn', 'w_frequencies', 'w_embedding', 'pseudo
 import math
 import torch
 from torch import Tensor
-from .core import UserError, expand_to
+from .core import expand_to
+from .files import UserError
 from .schedule import Schedule
 from .solver import ddim_grid
 

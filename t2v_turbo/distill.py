@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from .caches import Pair
 from .consistency import cd_loss
-from .base import at_least
-from .core import UserError
+from .files import UserError, at_least
 from .rewards.base import (CLOCK, SHAPES_OF_J, agreed_frames, frames_wanted, objective,
                                     per_frame, random_frames, strided_frames, window_start)
 from .solver import DDIM, guided_step

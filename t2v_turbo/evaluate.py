@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from scipy.stats import t as t_distribution
 from torch import Tensor, nn
 
-from .core import UserError, atomic, step_seed, video_html, write_json
+from .core import step_seed, video_html
+from .files import UserError, atomic, write_json
 from .rewards.tiny import VideoCNN
 from .teachers.tiny import WEIGHTS
 from .world import parse

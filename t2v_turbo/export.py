@@ -12,7 +12,7 @@ import torch
 from diffusers import LCMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 
 from .consistency import w_embedding
-from .core import UserError, atomic, write_json
+from .files import UserError, atomic, write_json
 from .pipeline import T2VTurboPipeline
 from .student import steps_of
 from .teachers.base import new_folder

@@ -9,7 +9,7 @@ __all__ = ['Gaussian', 'Mixture']
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .core import UserError
+from .files import UserError
 from .schedule import Schedule
 
 # %% ../nbs/02_gaussian.ipynb #0de0c395

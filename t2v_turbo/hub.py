@@ -23,7 +23,7 @@ from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, LocalEntryNo
 from huggingface_hub.utils import (are_progress_bars_disabled, disable_progress_bars,
                                    enable_progress_bars)
 
-from .base import UserError
+from .files import UserError
 
 # %% ../nbs/08_hub.ipynb #911020cb
 def split_name(name:str, # perhaps `owner/name` or `owner/name@revision`

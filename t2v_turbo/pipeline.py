@@ -24,7 +24,8 @@ from fastcore.basics import patch, patch_to
 from torch import Tensor, nn
 
 from .consistency import consistency_fn, few_step_sample, w_embedding
-from .core import UserError, as_dtype, check_finite
+from .core import as_dtype, check_finite
+from .files import UserError
 from .solver import DDIM, ddim_sample
 from .student import (Student, content_id, guidance_of, load_merged, sampling_of, steps_of,
                                student_inside)

@@ -25,7 +25,8 @@ from transformers import (BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPMode
                           CLIPTextModel, UMT5Config, UMT5EncoderModel)
 
 from .caches import Pair
-from .core import UserError, make_gen
+from .core import make_gen
+from .files import UserError
 from .distill import Distillation, Objective, draw
 from .rewards.clip import (AESTHETIC, CLIPSCORE, HPS, IMAGEREWARD, PICKSCORE,
                                     AestheticReward, CLIPReward, ImageReward, letterbox, squash)

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import UserError, atomic, clips_of, frames_of, make_gen
+from .core import clips_of, frames_of, make_gen
+from .files import UserError, atomic
 from .evaluate import Judge
 from .rewards.tiny import REWARD_KINDS, TinyReward
 from .teachers.base import Teacher

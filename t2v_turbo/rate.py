@@ -25,7 +25,7 @@ import numpy as np
 from fastcore.basics import patch
 from scipy import stats
 
-from .core import UserError, atomic
+from .files import UserError, atomic
 from .data import find_clips, open_video, probe, read_table
 
 # %% ../nbs/44_rate.ipynb #6da8887e

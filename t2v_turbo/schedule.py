@@ -9,7 +9,8 @@ __all__ = ['vp_abar', 'Forward', 'Schedule']
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .core import UserError, expand_to
+from .core import expand_to
+from .files import UserError
 
 # %% ../nbs/01_schedule.ipynb #2d9140fb
 def vp_abar(beta_start:float=.00085, # noise variance of the first step

@@ -9,7 +9,8 @@ __all__ = ['ddim_step', 'ddim_grid', 'DDIM', 'guide', 'both_preds', 'guided_pred
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .core import UserError, expand_to
+from .core import expand_to
+from .files import UserError
 from .schedule import Schedule
 
 # %% ../nbs/03_solver.ipynb #f2ae7a04

@@ -33,12 +33,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .base import is_rubbish
-from .core import UserError, atomic, step_gen, write_video
-from .data import (FILE, ROWS, TEXT, VIDEO, BadClip, ClipFolder, Dealt, Recorded,
+from .files import UserError, atomic, is_rubbish, text_lines
+from .core import step_gen, write_video
+from .data import (BadClip, ClipFolder, Dealt, FILE, ROWS, Recorded, TEXT, VIDEO,
                             captions_in, cell, check_length, check_missing, content_mark, digest,
-                            files_below, find_clips, in_threads, mark_of, one_of, order,
-                            probe, read_clip, read_table, reasons, text_lines)
+                            files_below, find_clips, in_threads, mark_of, one_of, order, probe,
+                            read_clip, read_table, reasons)
 from .world import World
 
 # %% ../nbs/07_streams.ipynb #2b4a4eb0

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .consistency import consistency_fn, few_step_grid, w_embedding
-from .core import UserError, write_json
+from .files import UserError, write_json
 from .teachers.base import (PEFT, Teacher, check_peft, differences, read_object,
                                     same_teacher, save_adapters, shapes_in, tensors_in)
 from .teachers.folders import DEFAULTS, defaults_of, load_teacher

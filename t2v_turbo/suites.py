@@ -21,9 +21,9 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .base import at_least, is_rubbish
+from .files import UserError, at_least, atomic, is_rubbish, write_json
 from .checkpoints import claim_together
-from .core import UserError, atomic, make_gen, pick_device, write_json, write_video
+from .core import make_gen, pick_device, write_video
 from .data import ROWS, probe
 from .pipeline import T2VTurboPipeline, sample_teacher
 from .teachers.base import Teacher

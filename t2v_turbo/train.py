@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optim
                                                      set_optimizer_state_dict)
 from torch.distributed.tensor import distribute_tensor
 
-from .base import at_least
+from .files import UserError, at_least, atomic, write_json
 from .caches import open_cache, open_texts
 from .checkpoints import CannotSave, Checkpoints, Stopped, stop_signals
-from .core import UserError, atomic, pick_device, step_gen, write_json
+from .core import pick_device, step_gen
 from .distill import Distillation, Objective, StepOut, draw
 from .precision import Precision, asked_precision
 from .rewards.names import named_frames, options_of, parse_reward, rewards_from

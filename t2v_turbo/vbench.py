@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from .base import UserError, is_rubbish
+from .files import UserError, is_rubbish
 
 # %% ../nbs/42_vbench.ipynb #09d0aa79
 QUALITY = {  # dimension: lowest, highest, weight; constants of Vchitect/VBench, scripts/constant.py

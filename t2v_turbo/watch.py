@@ -24,9 +24,9 @@ from scipy.special import stdtr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .base import at_least
+from .files import UserError, at_least, atomic
 from .checkpoints import CannotSave
-from .core import UserError, atomic, step_gen, strip
+from .core import step_gen, strip
 from .data import read_prompts
 from .distill import video_frames_of
 from .evaluate import (high_frequency, judge, judge_score, load_judges, motion_amount,

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import UserError, make_gen, step_gen
+from .core import make_gen, step_gen
+from .files import UserError
 
 _all_ = ["step_gen"]
 

@@ -18,7 +18,7 @@ from t2v_turbo.ablate import (_devices, AblateOptions, ablate, ablation_table, b
 from t2v_turbo.caches import build_cache
 from t2v_turbo.checkpoints import Stopped
 from t2v_turbo.cli import main, parser, read_config
-from t2v_turbo.core import UserError
+from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
 from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
 from t2v_turbo.train import Config, objective_of

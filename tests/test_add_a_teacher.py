@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.pipeline import T2VTurboPipeline
 from t2v_turbo.teachers import folders, tiny
 from t2v_turbo.teachers.base import Teacher

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from t2v_turbo import caches
 from t2v_turbo.caches import (Pair, Pairs, ask, build_cache, cache_bytes, data_id, dice, from_v, key_of,
                               make_batch, open_cache, read_about, shard_path, teacher_id, to_v)
-from t2v_turbo.core import UserError, make_gen, step_gen, write_video
+from t2v_turbo.core import make_gen, step_gen, write_video
+from t2v_turbo.files import UserError
 from t2v_turbo.data import ClipFolder
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.rewards.tiny import load_reward

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel
 
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.rewards import clip, names, viclip
 from t2v_turbo.rewards.base import per_frame
 

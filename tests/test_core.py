@@ -2,7 +2,7 @@
 import pytest
 
 from t2v_turbo.cli import main
-from t2v_turbo.core import UserError, write_json
+from t2v_turbo.files import UserError, write_json
 
 
 def test_a_file_does_not_take_the_place_of_a_folder(tmp_path, capsys):

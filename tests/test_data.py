@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from t2v_turbo.core import UserError, make_gen, write_video
+from t2v_turbo.core import make_gen, write_video
+from t2v_turbo.files import UserError
 from t2v_turbo.data import ClipFolder, find_clips, fit, nearest, order, probe, read_clip, read_prompts
 from t2v_turbo.world import World, caption, render
 

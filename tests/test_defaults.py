@@ -12,7 +12,8 @@ import torch
 import t2v_turbo
 from t2v_turbo import cli, train
 from t2v_turbo.cli import main
-from t2v_turbo.core import UserError, write_video
+from t2v_turbo.core import write_video
+from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
 from t2v_turbo.student import Student
 from t2v_turbo.suites import by_teacher

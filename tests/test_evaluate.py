@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from t2v_turbo.core import UserError, make_gen, step_gen, step_seed
+from t2v_turbo.core import make_gen, step_gen, step_seed
+from t2v_turbo.files import UserError
 from t2v_turbo.evaluate import (PANELS, Judge, Sampler, bootstrap, cells, curves_svg, evaluate, half_width, high_frequency,
                                 judge, load_judges, markdown_table, motion_amount, over_prompts, paired, print_table,
                                 saturation, summarise, verdict, write_report)

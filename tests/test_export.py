@@ -9,7 +9,8 @@ import torch
 from diffusers import LCMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from t2v_turbo import pipeline
 from t2v_turbo.consistency import few_step_grid, w_embedding
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.export import export_stock, fold_w
 from t2v_turbo.pipeline import T2VTurboPipeline
 from t2v_turbo.student import Student

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import UNet3DConditionModel
 from safetensors.torch import load_file, save_file
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.schedule import Schedule
 from t2v_turbo.solver import DDIM

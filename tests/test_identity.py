@@ -9,7 +9,8 @@ import torch
 
 from t2v_turbo import caches
 from t2v_turbo.caches import build_cache, open_cache, shard_path, verify_cache
-from t2v_turbo.core import UserError, write_video
+from t2v_turbo.core import write_video
+from t2v_turbo.files import UserError
 from t2v_turbo.data import ClipFolder
 from t2v_turbo.streams import Shards, write_shards
 from t2v_turbo.teachers.folders import load_teacher

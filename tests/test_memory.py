@@ -8,7 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from t2v_turbo import train
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
 from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.student import Student, load_student

@@ -6,7 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 from t2v_turbo.consistency import (boundary, cd_loss, consistency_fn, few_step_grid,
                                    few_step_sample, pseudo_huber)
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.gaussian import Gaussian, Mixture
 from t2v_turbo.schedule import Schedule, vp_abar
 from t2v_turbo.solver import DDIM, ddim_grid, ddim_sample, guide, guided_step

@@ -15,7 +15,7 @@ import t2v_turbo.student as student
 load = student.load_teacher
 student.load_teacher = lambda *a, **k: print("LOADED") or load(*a, **k)
 from t2v_turbo.teachers.tiny import WEIGHTS
-from t2v_turbo.base import UserError
+from t2v_turbo.files import UserError
 try: student.Student(load("tiny"), rank=2); print("made")
 except UserError as e: print(e)
 try: student.load_student(WEIGHTS/"tiny-cd"); print("made")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
-from t2v_turbo.base import UserError
+from t2v_turbo.files import UserError
 from t2v_turbo.core import as_dtype, check_finite, make_gen, pick_dtype, write_video
 from t2v_turbo.pipeline import T2VTurboPipeline, UnknownOption, captions, sample_student, sample_teacher
 from t2v_turbo.student import load_student

@@ -11,7 +11,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from t2v_turbo import cli, train
-from t2v_turbo.core import UserError
+from t2v_turbo.files import UserError
 from t2v_turbo.plan import (GB, RESERVE, SWITCHES, Plan, _phases, bytes_of, flags_of, metered, optimizer_bytes, plan_table, predict,
                             reward_on_meta, save_reward, teacher_on_meta, weights_of)
 from t2v_turbo.rewards.names import FACTS

@@ -10,7 +10,8 @@ from peft import (LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
                   set_peft_model_state_dict)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.student import read_tensors
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.published import (COND, FPS, FPS_FILE, convert_lora, convert_merged,

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from t2v_turbo.core import UserError, make_gen, write_video
+from t2v_turbo.core import make_gen, write_video
+from t2v_turbo.files import UserError
 from t2v_turbo.rate import (COLUMNS, QUESTIONS, RateWidget, _alpha, agreement, consistency, find_pairs, make_page,
                             position_bias, print_report, prompts_needed, rate_plot, rate_report, read_ratings, trials,
                             win_rates)

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from t2v_turbo.cli import main
-from t2v_turbo.core import UserError, make_gen, write_video
+from t2v_turbo.core import make_gen, write_video
+from t2v_turbo.files import UserError
 from t2v_turbo.rewards import check, clip, names
 from t2v_turbo.rewards.base import Facts, Reward
 

@@ -6,7 +6,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from t2v_turbo.cli import SampleOptions, run, sample
 from t2v_turbo.consistency import consistency_fn, few_step_grid, w_embedding
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.pipeline import T2VTurboPipeline
 from t2v_turbo.student import Student, load_student
 from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope

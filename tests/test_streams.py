@@ -19,10 +19,12 @@ import pytest
 import torch
 
 import t2v_turbo.streams as streams
-from t2v_turbo.core import UserError, make_gen, write_video
+from t2v_turbo.core import make_gen, write_video
+from t2v_turbo.files import UserError
 from t2v_turbo.data import BadClip, Clips, ClipFolder, read_clip
-from t2v_turbo.streams import (Part, Prefetch, Prompts, Shards, Table, expand, find_shards, grouped_order, open_source,
-                               read_index, samples, shard_index, tar_members, write_shards)
+from t2v_turbo.streams import (Part, Prefetch, Prompts, Shards, Table, expand, find_shards,
+                               grouped_order, open_source, read_index, samples, shard_index,
+                               tar_members, write_shards)
 from t2v_turbo.world import World
 
 SMALL = dict(frames=8, size=(24, 32), fps=8)
@@ -694,7 +696,6 @@ def test_leaving_early_is_clean():
 RUN = r"""
 import hashlib, json, sys, warnings
 import torch, torch.distributed as dist
-from t2v_turbo.streams import Prefetch, open_source
 rank, world, file, data, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 warnings.simplefilter("ignore")
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
-from t2v_turbo.base import UserError
+from t2v_turbo.files import UserError
 from t2v_turbo.consistency import consistency_fn, w_embedding
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Objective

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from t2v_turbo.core import UserError
+from t2v_turbo.files import UserError
 from t2v_turbo.vbench import (DIMENSIONS, QUALITY, SEMANTIC, TOTALS, Result, Row, aggregate, check_rows, compare,
                               dot_plot, intervals, published, radar, read_results, read_rows, score_table,
                               vbench_check)

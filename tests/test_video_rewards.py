@@ -6,7 +6,8 @@ import torch
 import transformers
 from transformers import BertTokenizer
 
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.rewards import clip, internvideo2 as iv2, names, videoprism as prism, viclip
 
 each = pytest.mark.parametrize("name", rc.VIDEO)

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from t2v_turbo.core import UserError
+from t2v_turbo.files import UserError
 from t2v_turbo.teachers import videocrafter2 as vc2
 
 TOY = "#version: toy\np a\npa n\nd a</w>\npan da</w>\na n\nr e\n"

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 import t2v_turbo.data as data
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.data import BadClip, ClipFolder, content_mark, find_clips, inside, match_record, probe, read_clip, read_table
 from t2v_turbo.streams import Prompts, Shards, Table, open_source, samples, write_shards
 

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from t2v_turbo.consistency import consistency_fn, few_step_grid, few_step_sample, w_embedding
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.gaussian import Gaussian
 from t2v_turbo.pipeline import T2VTurboPipeline, sample_student, sample_teacher

@@ -11,7 +11,8 @@ from scipy.stats import t as t_dist
 
 from t2v_turbo import watch as watch_module
 from t2v_turbo.caches import build_cache, open_cache
-from t2v_turbo.core import UserError, make_gen
+from t2v_turbo.core import make_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.world import World

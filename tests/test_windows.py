@@ -8,7 +8,8 @@ from diffusers import AutoencoderKLWan
 from torch.testing import assert_close
 
 from t2v_turbo.cli import main
-from t2v_turbo.core import UserError, make_gen, step_gen
+from t2v_turbo.core import make_gen, step_gen
+from t2v_turbo.files import UserError
 from t2v_turbo.distill import Distillation, Draw, Objective, draw, video_frames_of
 from t2v_turbo.plan import _most_frames, metered
 from t2v_turbo.rewards.base import (CLOCK, Facts, agreed_frames, frames_wanted, mix, place, random_frames, strided_frames,

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..core import UserError, frames_of, make_gen
+from ..core import frames_of, make_gen
+from ..files import UserError
 from ..teachers.base import tokenize, tokens_id, weights_ids
 
 # %% ../../nbs/20_rewards.ipynb #fa5946e1

@@ -16,7 +16,8 @@ import av
 import torch
 from torch import Tensor
 
-from ..core import UserError, make_gen, pick_device
+from ..core import make_gen, pick_device
+from ..files import UserError
 from ..data import probe, read_clip
 from .names import options_of, parse_reward, reward_named
 from ..world import blur, caption, combos, flicker, render, watermark

@@ -29,7 +29,8 @@ from transformers import (AutoTokenizer, BlipTextConfig, BlipVisionConfig,
                           BlipVisionModel, CLIPConfig, CLIPModel)
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
-from ..core import UserError, clips_of, frames_of
+from ..core import clips_of, frames_of
+from ..files import UserError
 from ..hub import fetch_file, fetch_folder, split_name
 from .base import CosineReward, Facts, Reward, at_least_fp32, in_chunks
 from ..teachers.base import (check_words, not_counted, read_torch, tokenize,

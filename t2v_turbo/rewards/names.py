@@ -12,7 +12,7 @@ from dataclasses import astuple
 from functools import partial
 from inspect import signature
 
-from ..core import UserError
+from ..files import UserError
 from .base import agreed_frames, mix
 from .clip import (AESTHETIC, CLIPSCORE, HPS, IMAGEREWARD, PICKSCORE, aesthetic,
                                     clipscore, hpsv2, imagereward, pickscore)

@@ -13,7 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..core import UserError, clips_of, frames_of
+from ..core import clips_of, frames_of
+from ..files import UserError
 from .base import CosineReward, Facts
 from .clip import pretrained, squash, tokenizer_of
 

@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..core import UserError, atomic, clips_of, frames_of, write_json
+from ..core import clips_of, frames_of
+from ..files import UserError, atomic, write_json
 from ..hub import fetch_file, pick, weight_sets
 from ..schedule import Schedule
 

@@ -16,7 +16,8 @@ from diffusers import AutoencoderKL, AutoencoderKLWan, DDIMScheduler, UNet3DCond
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..core import UserError, atomic, expand_to, restore
+from ..core import expand_to
+from ..files import UserError, atomic, restore
 from ..hub import KNOWN, fetch_folder, nearest, read_index, split_name
 from ..schedule import Schedule
 from . import tiny

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import (flop_registry, sdpa_backward_flop_count,
                                       sdpa_flop_count)
 
-from ..core import UserError
+from ..files import UserError
 from .base import Teacher
 
 # %% ../../nbs/16_memory.ipynb #637235f0

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core import UserError, atomic, make_gen, write_json
+from ..core import make_gen
+from ..files import UserError, atomic, write_json
 from .base import (Teacher, check_whole, load_part, new_folder, read_about,
                                      read_torch, save_adapters)
 from .videocrafter2 import (FPS_FILE, fps_bias, set_fps, unet_from_vc2,

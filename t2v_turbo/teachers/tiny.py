@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from ..core import UserError
+from ..files import UserError
 from .base import Teacher, load_part, read_about
 from ..world import COLOURS, MOTIONS, SHAPES
 

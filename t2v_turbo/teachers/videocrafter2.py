@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..core import UserError, atomic, write_json
+from ..files import UserError, atomic, write_json
 from .base import check_whole, differences, new_folder, read_torch
 
 # %% ../../nbs/12_videocrafter2.ipynb #abf0d00a

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers import (AutoTokenizer, CLIPTextModel, T5Tokenizer, UMT5Config,
                           UMT5EncoderModel)
 
-from ..base import at_least
+from ..files import UserError, at_least, atomic, write_json
 from ..consistency import few_step_grid, w_embedding
-from ..core import UserError, atomic, expand_to, write_json
+from ..core import expand_to
 from ..schedule import Schedule
 from .base import (Teacher, check_size, check_whole, load_part, read_about,
                                      read_object, save_parts, tokenize)
