@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         mine, name = item.path.stem.removeprefix("test_") in CORE, getattr(item, "originalname", item.name)
         if mine and name not in LONG or name in MORE: item.add_marker(pytest.mark.core)
+        if taken.get(item.nodeid, 0) <= SLOW: item.add_marker(pytest.mark.fast)
     slow = [] if config.option.full else [i for i in items if taken.get(i.nodeid, 0) > SLOW]
     items[:] = [i for i in items if i not in slow]
     config.hook.pytest_deselected(items=slow)
