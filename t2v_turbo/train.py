@@ -394,7 +394,7 @@ def rows(self:Trainer)->slice: # of the batch, those that this process works on
 
 @patch
 def terms(self:Trainer,
-          x,             # clips `(b 3 t h w)`, latents `(b c t h w)` or a `Pair`, by the source
+          x,             # clips `(b 3 t h w)`, latents `(b c t h w)` or a `TeacherAnswer`, by the source
           prompts:list,  # captions, `list[str]`, length b
           d,             # their `Draw`
          )->StepOut:     # per clip, with gradient
