@@ -34,7 +34,8 @@ from .core import step_gen
 from .data import Dealt, digest, order
 from .solver import DDIM, TeacherAnswer, ask, ddim_sample
 from .streams import Prompts
-from .teachers.base import Teacher, same_teacher, tokens_id, weights_ids
+from .identity import same_teacher, tokens_id, weights_ids
+from .teachers.base import Teacher
 
 # %% ../nbs/17_caches.ipynb #600098cf
 def dice(seed:int,    # seed of the run

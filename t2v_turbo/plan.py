@@ -36,7 +36,8 @@ from .rewards.viclip import viclip_full
 from .rewards.videoprism import checkpointing, videoprism_full
 from .solver import TeacherAnswer
 from .student import Student
-from .teachers.base import Teacher, check_size, check_whole
+from .teachers.base import Teacher
+from .teachers.loading import check_size, check_whole
 from .teachers.folders import DEFAULTS, Defaults, defaults_of, load_teacher
 from .teachers.memory import OPTIMIZERS, SAVINGS, Meter, save_memory
 from .teachers.videocrafter2 import vc2_scheduler
