@@ -18,7 +18,7 @@ from t2v_turbo.evaluate import high_frequency, judge, load_judges, motion_amount
 from t2v_turbo.pipeline import sample_student
 from t2v_turbo.rewards.base import mix
 from t2v_turbo.rewards.tiny import load_reward
-from t2v_turbo.student import load_student
+from t2v_turbo.saved import load_student
 from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.world import MOTIONS, caption, combos, parse
 

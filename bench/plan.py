@@ -23,12 +23,12 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, UMT5Config, UMT5EncoderModel
 
-from t2v_turbo.caches import Pair
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.plan import GB, TEACHERS, NoWords, cast, plan_of, reward_on_meta, teacher_on_meta
 from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.rewards.viclip import VICLIP_L, ViCLIP
+from t2v_turbo.solver import TeacherAnswer
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.memory import make_optimizer, save_memory
@@ -119,7 +119,7 @@ def train(c, device, steps):
     for i in range(steps):
         d = draw(model.cfg, (b, *teacher.latent_shape), make_gen(i)).to(device)
         z0 = torch.rand_like(d.noise) if cached else teacher.encode(torch.rand(b, *teacher.video_shape, device=device))
-        pair = Pair(z0, d.index, torch.rand_like(z0), torch.rand_like(z0)) if cached == "pairs" else None
+        pair = TeacherAnswer(z0, d.index, torch.rand_like(z0), torch.rand_like(z0)) if cached == "pairs" else None
         ctx, null = texts[0] if cached else teacher.encode_text(prompts), texts[1]
         out = model(z0, ctx, null, prompts, d, pair=pair)
         out.loss.mean().backward()

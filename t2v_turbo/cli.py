@@ -214,7 +214,7 @@ def samplers(student,       # the one just trained
     from t2v_turbo.core import make_gen
     from t2v_turbo.evaluate import Sampler
     from t2v_turbo.pipeline import sample_student, sample_teacher
-    from t2v_turbo.student import load_student
+    from t2v_turbo.saved import load_student
     from t2v_turbo.teachers.folders import defaults_of, load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
     who, own = student.teacher.name, sampling_of_student(student)
@@ -237,7 +237,7 @@ def report(trainer, # a trained `Trainer`
           )->dict:  # rows, and the paths of what was written
     "Judge all samplers, print the table, write `results.json` and `report.html`"
     from t2v_turbo.evaluate import evaluate, load_judges, print_table, write_report
-    from t2v_turbo.student import load_student
+    from t2v_turbo.saved import load_student
     from t2v_turbo.teachers.folders import SHIPPED
     from t2v_turbo.watch import read_rows
     from t2v_turbo.world import caption, combos
@@ -360,7 +360,7 @@ class EvaluateOptions:
 def judged_student(folder, # of a student
                   ):       # a `Student` of the tiny world
     "Load a student that the shipped judges can judge; refuse any other before it is loaded"
-    from t2v_turbo.student import load_student, read_student
+    from t2v_turbo.saved import load_student, read_student
     from t2v_turbo.teachers.folders import in_tiny_world
     name = read_student(folder)[0]["teacher"]            # a damaged one is refused here
     if not in_tiny_world(name): raise UserError(
@@ -450,7 +450,7 @@ class ConvertLora:
 
     @whole_or_nothing()
     def run(self):
-        from t2v_turbo.teachers.base import new_folder
+        from t2v_turbo.teachers.loading import new_folder
         from t2v_turbo.teachers.folders import local_folder
         from t2v_turbo.teachers.published import convert_lora, read_lora
         new_folder(self.out); read_lora(self.source)   # refused before a base model is fetched
@@ -609,7 +609,7 @@ def _suite_sampler(o, device):
     "How the videos of a suite are sampled: the function, its settings, frames a second"
     from t2v_turbo.core import as_dtype
     from t2v_turbo.pipeline import T2VTurboPipeline
-    from t2v_turbo.student import content_id
+    from t2v_turbo.identity import content_id
     from t2v_turbo.suites import by_student, by_teacher
     from t2v_turbo.teachers.folders import defaults_of, load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS

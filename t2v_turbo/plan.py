@@ -24,7 +24,6 @@ from torch import nn
 from transformers import (BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel, CLIPTextConfig,
                           CLIPTextModel, UMT5Config, UMT5EncoderModel)
 
-from .caches import Pair
 from .core import make_gen
 from .files import UserError
 from .distill import Distillation, Objective, draw
@@ -35,8 +34,10 @@ from .rewards.names import (FACTS, kind_of_reward, options_of, parse_reward,
                                     reward_named)
 from .rewards.viclip import viclip_full
 from .rewards.videoprism import checkpointing, videoprism_full
+from .solver import TeacherAnswer
 from .student import Student
-from .teachers.base import Teacher, check_size, check_whole
+from .teachers.base import Teacher
+from .teachers.loading import check_size, check_whole
 from .teachers.folders import DEFAULTS, Defaults, defaults_of, load_teacher
 from .teachers.memory import OPTIMIZERS, SAVINGS, Meter, save_memory
 from .teachers.videocrafter2 import vc2_scheduler
@@ -229,7 +230,7 @@ def metered(model:Distillation, # on any device
     known = [*model.parameters(), *model.buffers(), d.noise, d.index, d.w, ctx, null]
     with Meter(dev.type, known) as m, _phases(model, m):
         like = lambda: torch.rand_like(d.noise)
-        pair = Pair(like(), d.index, like(), like()) if cached == "pairs" else None
+        pair = TeacherAnswer(like(), d.index, like(), like()) if cached == "pairs" else None
         if cached: z0 = None if pair else like()
         else:
             z0 = teacher.encode(torch.rand(batch, *teacher.video_shape, device=dev))

@@ -40,8 +40,9 @@ from .distill import Distillation, Objective, StepOut, draw
 from .precision import Precision, asked_precision
 from .rewards.names import named_frames, options_of, parse_reward, rewards_from
 from .streams import Prefetch, open_source
-from .student import Student, sampling_of, whole
-from .teachers.base import differing, same_teacher, weights_ids
+from .saved import sampling_of, save_student, student_tensors, whole
+from .student import Student
+from .identity import differing, reward_identity, same_teacher, teacher_identity
 from .teachers.folders import load_teacher
 from .teachers.memory import (OPTIMIZERS, PARTS, compile_denoiser, make_optimizer,
                                        save_memory, savings_of)
@@ -183,12 +184,12 @@ class Trainer:
         self.store = Checkpoints(cfg.out, cfg.keep, cfg.keep_every)
         teacher = self._teacher()
         with self.together(): self.source = self._source(teacher)
-        self.identity, self.texts = dict(teacher=teacher.identity()), None
+        self.identity, self.texts = dict(teacher=teacher_identity(teacher)), None
         if cfg.texts: self._read_texts(teacher)
         self.student = Student(teacher, cfg.rank, cfg.seed)
         self.student.sampling = sampling_of(cfg.objective, teacher)
         model = self._model(image_reward, video_reward)
-        self.identity |= {f"{n} reward": _identity_of(getattr(model, f"{n}_reward"))
+        self.identity |= {f"{n} reward": reward_identity(getattr(model, f"{n}_reward"))
                           for n in ("image", "video")}
         if saved := savings_of(cfg.save_memory):
             save_memory(teacher, "denoiser" in saved, int("decode" in saved))
@@ -199,12 +200,6 @@ class Trainer:
         self.ema = EMAModel(self.params, decay=cfg.ema, min_decay=cfg.ema) if cfg.ema else None
 
 # %% ../nbs/33_train.ipynb #43e763c2
-def _identity_of(reward):
-    "What a checkpoint notes of a reward; a function has no weights to be known by"
-    if hasattr(reward, "identity"): return reward.identity()
-    held = isinstance(reward, nn.Module) and any(True for _ in reward.parameters())
-    return dict(weights=weights_ids(reward)) if held else {}
-
 @patch
 def _read_texts(self:Trainer, teacher):
     "A cache of texts stands in for the text encoder, which leaves the memory"
@@ -394,7 +389,7 @@ def rows(self:Trainer)->slice: # of the batch, those that this process works on
 
 @patch
 def terms(self:Trainer,
-          x,             # clips `(b 3 t h w)`, latents `(b c t h w)` or a `Pair`, by the source
+          x,             # clips `(b 3 t h w)`, latents `(b c t h w)` or a `TeacherAnswer`, by the source
           prompts:list,  # captions, `list[str]`, length b
           d,             # their `Draw`
          )->StepOut:     # per clip, with gradient
@@ -493,12 +488,12 @@ def state(self:Trainer)->dict:
 @patch
 def save(self:Trainer):
     "Write a checkpoint and, for everybody else, `student/`; a collective: call it on every process"
-    state, tensors, why = self.state(), self.student.tensors(), None
+    state, tensors, why = self.state(), student_tensors(self.student), None
     about = dict(step=self.step, config=asdict(self.cfg))
     if self.accelerator.is_main_process:
         try:
             self.store.save(self.step, state)
-            self.student.save(Path(self.cfg.out) / "student", about, tensors)
+            save_student(self.student, Path(self.cfg.out) / "student", about, tensors)
             if gone := state["left_out"]: write_json(
                 Path(self.cfg.out) / "left_out.json", [dict(name=n, why=w) for n, w in gone])
         except CannotSave as e: why = str(e)

@@ -16,14 +16,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from t2v_turbo import caches
-from t2v_turbo.caches import (Pair, Pairs, ask, build_cache, cache_bytes, data_id, dice, from_v, key_of,
-                              make_batch, open_cache, read_about, shard_path, teacher_id, to_v)
+from t2v_turbo.caches import (Pairs, build_cache, cache_bytes, data_id, dice, key_of, make_batch,
+                              open_cache, read_about, shard_path, teacher_id)
+from t2v_turbo.solver import DDIM, TeacherAnswer, ask, ddim_sample, from_v, guided_step, to_v
 from t2v_turbo.core import make_gen, step_gen, write_video
 from t2v_turbo.files import UserError
 from t2v_turbo.data import ClipFolder
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.rewards.tiny import load_reward
-from t2v_turbo.solver import DDIM, ddim_sample, guided_step
 from t2v_turbo.streams import Prompts
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.folders import ScaledSchedule, load_teacher, tiny_modelscope
@@ -174,7 +174,7 @@ def test_half_precision_answers_exactly_where_it_stands(teacher, dtype, unit):
     dtype = getattr(torch, dtype)
     got, captions = make_batch(Pairs(World()), teacher, 0, 4, dtype)
     assert {v.dtype for n, v in got.items() if n != 'index'} == {dtype}
-    stored = Pair(**{n: v if n == 'index' else v.float() for n, v in got.items()})
+    stored = TeacherAnswer(**{n: v if n == 'index' else v.float() for n, v in got.items()})
     ddim = DDIM(teacher.schedule, 50)
     with torch.no_grad(): true = ask(ddim, teacher.denoise, stored.zt, stored.index, teacher.encode_text(captions),
                                      teacher.encode_text(['']))

@@ -20,7 +20,6 @@ from launching import ENV, ROOT, SMALL, coded, finish, launch, put, said
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen
 from t2v_turbo.data import read_clip
-from t2v_turbo.train import Config, Objective, Trainer
 from test_streams import blotted, real  # noqa: F401 (a fixture)
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
@@ -199,7 +198,7 @@ import os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import cpu_fsdp, torch
 from torch import distributed as dist
-from t2v_turbo.student import whole
+from t2v_turbo.saved import whole
 from t2v_turbo.train import Config, Objective, Trainer
 calls = 0
 def reward(frames, prompts):

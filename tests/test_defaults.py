@@ -15,6 +15,7 @@ from t2v_turbo.cli import main
 from t2v_turbo.core import write_video
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
+from t2v_turbo.saved import save_student
 from t2v_turbo.student import Student
 from t2v_turbo.suites import by_teacher
 from t2v_turbo.teachers import folders
@@ -165,7 +166,7 @@ def test_a_student_is_sampled_as_it_was_trained():
 
 
 def test_judges_of_the_tiny_world_judge_nobody_else(at, tmp_path, capsys):
-    Student(load_teacher(name(at, "ms"), frames=4), 2).save(tmp_path / "s")
+    save_student(Student(load_teacher(name(at, "ms"), frames=4), 2), tmp_path / "s")
     assert main(["evaluate", "--student", str(tmp_path / "s"), "--steps", "1", "--repeats", "1"]) == 2
     assert "but the judges know the tiny world only" in capsys.readouterr().err
     assert in_tiny_world(str(at / "flow")) and not in_tiny_world(str(at / "wan"))

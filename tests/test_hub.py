@@ -264,10 +264,11 @@ def test_teachers(world, tmp_path):
     ms = "ali-vilab/text-to-video-ms-1.7b"
     code = f"""
 import torch
-from t2v_turbo.student import Student, load_student
+from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.student import Student
 half = load_teacher("{ms}", dtype=torch.float16, frames=4)
 print(half.name, half.denoiser.dtype, half.options, half.tokenizer(["ab"])["input_ids"][0][:3])
-Student(half, rank=2).save("{tmp_path}/s")
+save_student(Student(half, rank=2), "{tmp_path}/s")
 """
     out, _ = run(world, tmp_path/"home", code)
     assert out.startswith(f"{ms} torch.float16 {{'frames': 4}}")
@@ -312,7 +313,7 @@ def test_rewards(world, tmp_path):
     code = f"""
 import torch
 from t2v_turbo.rewards import clip, names, viclip
-from t2v_turbo.teachers.base import differing
+from t2v_turbo.identity import differing, reward_identity
 x, words, v = torch.rand(1, 3, 2, 40, 40), ["ab"], "{tmp_path}/merges.txt"
 for rm in (clip.hpsv2(vocabulary=v), clip.clipscore(), clip.pickscore(dtype=torch.float32)): print(rm.facts.name, tuple(rm(x, words).shape))
 torch.save(dict(weight=torch.ones(1, 24), bias=torch.zeros(1)), "{tmp_path}/head.pth")
@@ -320,8 +321,8 @@ print(clip.aesthetic("{tmp_path}/head.pth")(x, words).shape[0])
 for facts in (clip.IMAGEREWARD, viclip.VICLIP_L): print(clip.fetch(None, facts).name)
 print(told(clip.pickscore, "yuvalkirstain/PickScore_v2"))
 print(told(clip.tokenizer_of, "google-bert/bert-base-uncased", "imagereward"))
-a, b = clip.clipscore(), clip.hpsv2(vocabulary=v)
-print(differing(a.identity(), a.identity()), differing(a.identity(), b.identity()))
+a, b = (reward_identity(r) for r in (clip.clipscore(), clip.hpsv2(vocabulary=v)))
+print(differing(a, a), differing(a, b))
 """
     out, _ = run(world, tmp_path/"home", code)
     assert out.splitlines()[:3] == [f"{n} (1,)" for n in ("hpsv2.1", "clipscore", "pickscore")]

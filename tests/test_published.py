@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
-from t2v_turbo.student import read_tensors
+from t2v_turbo.saved import read_tensors
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.published import (COND, FPS, FPS_FILE, convert_lora, convert_merged,
     layer_shapes, load_fps, load_unet, lora_config, lora_order, merge_lora, name_lora, read_lora,

@@ -25,7 +25,7 @@ from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective, draw
 from t2v_turbo.streams import open_source
-from t2v_turbo.student import load_student
+from t2v_turbo.saved import load_student
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
 from t2v_turbo.teachers.tiny import WEIGHTS
@@ -420,7 +420,7 @@ def test_a_student_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch)
     "safetensors has an error of its own for a full disk"
     t = Trainer(Config(out=str(tmp_path / "o"), batch=2, rank=2, track="", objective=Objective(beta_img=0., beta_vid=0.)))
     def full(*a): raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr(t.student, "save", full)
+    monkeypatch.setattr("t2v_turbo.train.save_student", full)
     with pytest.raises(CannotSave, match="No space left on device.*make room"): t.save()
     assert t.store.steps() == [0]
 

@@ -16,7 +16,7 @@ from t2v_turbo.files import UserError
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.world import World
-from t2v_turbo.student import load_student
+from t2v_turbo.saved import load_student
 from t2v_turbo.watch import (Watcher, WatchOptions, best_look, fall, hacked, keep_best, look_every, read_rows,
                              score_clips, watch)
 

@@ -15,7 +15,8 @@ from t2v_turbo.pipeline import T2VTurboPipeline, sample_student, sample_teacher
 from t2v_turbo.rate import find_pairs, make_page, rate_report
 from t2v_turbo.rewards.base import Mix, mix
 from t2v_turbo.rewards.tiny import TinyReward, load_reward
-from t2v_turbo.student import Student, load_student
+from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.tiny import WEIGHTS
@@ -46,8 +47,8 @@ def teacher_and_student(folder: Path) -> Student:
     step = Distillation(student, cfg, image_reward=load_reward("tiny-image"))
     out: StepOut = step(z0, ctx, null.expand_as(ctx), captions, draw(cfg, z0.shape, make_gen(1)))
     out.loss.mean().backward()
-    student.save(folder / "student", about=dict(steps=1))
-    student.save(str(folder / "again"))
+    save_student(student, folder / "student", about=dict(steps=1))
+    save_student(student, str(folder / "again"))
     assert_type(student.merged(), nn.Module)
     return load_student(folder / "student")
 

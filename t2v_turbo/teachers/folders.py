@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, DDIMScheduler, UNet3DConditionModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTokenizer,
+                          PreTrainedTokenizerFast)
 
 from ..core import expand_to
 from ..files import UserError, atomic, restore
 from ..hub import KNOWN, fetch_folder, nearest, read_index, split_name
 from ..schedule import Schedule
 from . import tiny
-from .base import (Teacher, check_size, check_whole, load_part, read_about,
-                                     read_object, save_parts)
+from .base import Teacher
+from .loading import (check_size, check_whole, load_part, read_about, read_object,
+                                        save_parts)
 from .published import with_w_projection
 from .videocrafter2 import clip_tokenizer, set_fps, vc2_scheduler, x0_scale
 from .wan import FlowTeacher, GuidedWan, WanTeacher, load_wan
@@ -134,11 +136,26 @@ class ScaledSchedule(Schedule):
         alpha, sigma = super().alpha_sigma(t, like)
         return alpha*expand_to(self.scale.to(like.device)[t.to(like.device)], like), sigma
 
+# %% ../../nbs/15_folders.ipynb #ca4b28f9
+def _tiny_parts(folder, variant=None):
+    "A teacher that `save_teacher` wrote, with every file checked"
+    if not (folder/"denoiser").is_dir():
+        raise UserError(f"no teacher in {str(folder)!r}: give 'tiny' or a folder that holds "
+                        "denoiser/, vae/, text_encoder/, tokenizer/ and scheduler/")
+    nets = dict(denoiser=tiny.TinyVideoDenoiser, vae=AutoencoderKL, text_encoder=CLIPTextModel)
+    nets = [load_part(cls, folder, part, torch.float32, variant) for part, cls in nets.items()]
+    meta = read_about(folder)
+    if not {"frames", "fps"} <= meta.keys():
+        raise UserError(f"{str(folder/'teacher.json')!r} does not tell frames and fps: give the "
+                        "folder as it was saved")
+    return Teacher(str(folder), *nets, load_part(PreTrainedTokenizerFast, folder, "tokenizer"),
+                   load_part(DDIMScheduler, folder, "scheduler"), meta["frames"], meta["fps"])
+
 # %% ../../nbs/15_folders.ipynb #254fdcf0
 def _load_tiny(folder, frames=None, size=None, fps=None, dtype=torch.float32,
                variant=None):
     "The teacher of the tiny world has one size; its weights are float32"
-    teacher = tiny.load_teacher(str(folder), variant)
+    teacher = _tiny_parts(Path(folder), variant)
     _, own, *hw = teacher.video_shape
     for n, v, mine in (("frames", frames, own), ("size", size and tuple(size), tuple(hw)),
                        ("fps", fps, teacher.fps)):

@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 
 from ..core import make_gen
 from ..files import UserError, atomic, write_json
-from .base import (Teacher, check_whole, load_part, new_folder, read_about,
-                                     read_torch, save_adapters)
+from .base import Teacher
+from .loading import (check_whole, load_part, new_folder, read_about, read_torch,
+                                        save_adapters)
 from .videocrafter2 import (FPS_FILE, fps_bias, set_fps, unet_from_vc2,
                                               vc2_lora_layers, vc2_to_diffusers, writing)
 

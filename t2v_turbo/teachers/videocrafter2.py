@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..files import UserError, atomic, write_json
-from .base import check_whole, differences, new_folder, read_torch
+from .loading import check_whole, differences, new_folder, read_torch
 
 # %% ../../nbs/12_videocrafter2.ipynb #abf0d00a
 _TOP = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",

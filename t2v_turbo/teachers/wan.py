@@ -30,8 +30,9 @@ from ..files import UserError, at_least, atomic, write_json
 from ..consistency import few_step_grid, w_embedding
 from ..core import expand_to
 from ..schedule import Schedule
-from .base import (Teacher, check_size, check_whole, load_part, read_about,
-                                     read_object, save_parts, tokenize)
+from .base import Teacher, tokenize
+from .loading import (check_size, check_whole, load_part, read_about, read_object,
+                                        save_parts)
 
 # %% ../../nbs/14_wan.ipynb #0de0c395
 @dataclass(frozen=True)
