@@ -28,8 +28,9 @@ from .caches import Pair
 from .core import make_gen
 from .files import UserError
 from .distill import Distillation, Objective, draw
-from .rewards.clip import (AESTHETIC, CLIPSCORE, HPS, IMAGEREWARD, PICKSCORE,
-                                    AestheticReward, CLIPReward, ImageReward, letterbox, squash)
+from .rewards.clip import AESTHETIC, AestheticReward, CLIPReward, CLIPSCORE, HPS, PICKSCORE
+from .rewards.imagereward import IMAGEREWARD, ImageReward
+from .rewards.loading import letterbox, squash
 from .rewards.internvideo2 import internvideo2_full
 from .rewards.names import (FACTS, kind_of_reward, options_of, parse_reward,
                                     reward_named)

@@ -13,12 +13,12 @@ from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.schedule import Schedule
 from t2v_turbo.solver import DDIM
 from t2v_turbo.student import Student, load_student
-from t2v_turbo.teachers.folders import (ScaledSchedule, defaults_of, in_tiny_world, load_teacher, local_folder,
-                                        tiny_modelscope)
+from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2, tiny_wan
+from t2v_turbo.teachers.folders import (ScaledSchedule, defaults_of, in_tiny_world, load_teacher,
+                                        local_folder)
 from t2v_turbo.teachers.tiny import WEIGHTS
-from t2v_turbo.teachers.videocrafter2 import (convert_videocrafter2, tiny_videocrafter2, vc2_scheduler,
-                                              x0_scale)
-from t2v_turbo.teachers.wan import save_wan, tiny_wan
+from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2, vc2_scheduler, x0_scale
+from t2v_turbo.teachers.wan import save_wan
 
 SMALL = dict(size=(16, 24), frames=3)
 

@@ -311,15 +311,15 @@ def test_rewards(world, tmp_path):
     (tmp_path/"merges.txt").write_text("#version\n")
     code = f"""
 import torch
-from t2v_turbo.rewards import clip, names, viclip
+from t2v_turbo.rewards import clip, imagereward, loading, names, viclip
 from t2v_turbo.teachers.base import differing
 x, words, v = torch.rand(1, 3, 2, 40, 40), ["ab"], "{tmp_path}/merges.txt"
 for rm in (clip.hpsv2(vocabulary=v), clip.clipscore(), clip.pickscore(dtype=torch.float32)): print(rm.facts.name, tuple(rm(x, words).shape))
 torch.save(dict(weight=torch.ones(1, 24), bias=torch.zeros(1)), "{tmp_path}/head.pth")
 print(clip.aesthetic("{tmp_path}/head.pth")(x, words).shape[0])
-for facts in (clip.IMAGEREWARD, viclip.VICLIP_L): print(clip.fetch(None, facts).name)
+for facts in (imagereward.IMAGEREWARD, viclip.VICLIP_L): print(loading.fetch(None, facts).name)
 print(told(clip.pickscore, "yuvalkirstain/PickScore_v2"))
-print(told(clip.tokenizer_of, "google-bert/bert-base-uncased", "imagereward"))
+print(told(loading.tokenizer_of, "google-bert/bert-base-uncased", "imagereward"))
 a, b = clip.clipscore(), clip.hpsv2(vocabulary=v)
 print(differing(a.identity(), a.identity()), differing(a.identity(), b.identity()))
 """

@@ -10,10 +10,11 @@ from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.pipeline import T2VTurboPipeline
 from t2v_turbo.student import Student, load_student
-from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
+from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.published import (convert_lora, convert_merged, layer_shapes, load_unet,
                                           with_w_projection)
-from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2, tiny_videocrafter2
+from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2
 from t2v_turbo.train import Config, Trainer
 
 SMALL = dict(size=(16, 24), frames=3)

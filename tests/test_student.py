@@ -23,10 +23,11 @@ from t2v_turbo.pipeline import T2VTurboPipeline, sample_student
 from t2v_turbo.student import Student, fold_lora, load_merged, load_student, sampling_of
 from t2v_turbo.teachers import base
 from t2v_turbo.teachers.base import PEFT, load_part, load_streamed, tensors_in
-from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.published import convert_lora, layer_shapes, load_unet, with_w_projection
 from t2v_turbo.teachers.tiny import WEIGHTS, TinyVideoDenoiser
-from t2v_turbo.teachers.wan import save_wan, tiny_wan
+from t2v_turbo.teachers.wan import save_wan
 from t2v_turbo.train import Config, Trainer
 
 ROOT = Path(__file__).parent.parent
