@@ -34,7 +34,8 @@ def make(folder, channels, rank, layers=2):
     from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.saved import save_student
     from t2v_turbo.student import Student
-    from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
+    from t2v_turbo.standins import tiny_modelscope
+    from t2v_turbo.teachers.folders import load_teacher
     if (folder / "whole").is_dir(): return
     tiny_modelscope(folder / "small")
     tiny_modelscope(folder / "teacher")

@@ -55,14 +55,16 @@ from t2v_turbo.core import make_gen, step_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.plan import _FULL, GB, NoWords, _attention, _phases, cast, plan_of, save_reward, weights_of
 from t2v_turbo.rewards import internvideo2 as iv2
-from t2v_turbo.rewards.clip import HPS, CLIPReward, letterbox
+from t2v_turbo.rewards.clip import CLIPReward, HPS
+from t2v_turbo.rewards.loading import letterbox
 from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.rewards.viclip import VICLIP_L, ViCLIP
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher, tokenize, zero_w_projection
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.memory import Meter, make_optimizer, save_memory, savings_of
-from t2v_turbo.teachers.videocrafter2 import clip_tokenizer, vc2_scheduler
+from t2v_turbo.teachers.videocrafter2 import vc2_scheduler
+from t2v_turbo.text import clip_tokenizer
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.world import World
 

@@ -26,9 +26,9 @@ from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.rewards.tiny import load_reward
 from t2v_turbo.streams import Prompts
 from t2v_turbo.student import Student
-from t2v_turbo.teachers.folders import ScaledSchedule, load_teacher, tiny_modelscope
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
+from t2v_turbo.teachers.folders import ScaledSchedule, load_teacher
 from t2v_turbo.teachers.videocrafter2 import x0_scale
-from t2v_turbo.teachers.wan import tiny_wan
 from t2v_turbo.world import World
 
 SMALL = dict(batch=2, shard=1, progress=False)              # shards of two samples

@@ -21,10 +21,10 @@ from t2v_turbo.pipeline import sample_teacher
 from t2v_turbo.saved import load_student, save_student
 from t2v_turbo.student import Student
 from t2v_turbo.teachers import folders
-from t2v_turbo.teachers.folders import load_teacher as load_any, tiny_modelscope
+from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2
+from t2v_turbo.teachers.folders import load_teacher as load_any
 from t2v_turbo.teachers.published import layer_shapes, load_unet, with_w_projection
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
-from t2v_turbo.teachers.videocrafter2 import tiny_videocrafter2
 from t2v_turbo.checkpoints import claim
 from t2v_turbo.watch import WatchOptions
 from t2v_turbo.world import caption, combos

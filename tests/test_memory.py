@@ -1,12 +1,10 @@
 "Checkpointing, precision, optimisers and compilation: the same gradient, the same student, fewer bytes"
 import copy
 import json
-import sys
-
 import pytest
+import sys
 import torch
 from torch.testing import assert_close
-
 from t2v_turbo import train
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
@@ -15,10 +13,13 @@ from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.saved import load_student, save_student
 from t2v_turbo.student import Student
 from t2v_turbo.identity import same_teacher
-from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.memory import Meter, compile_denoiser, make_optimizer, save_memory
-from t2v_turbo.teachers.wan import load_wan, save_wan, tiny_wan
+from t2v_turbo.teachers.wan import load_wan, save_wan
 from t2v_turbo.train import Config, Trainer
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
+
+
 
 KINDS = pytest.mark.parametrize("kind", ["unet", "wan", "tiny"])
 

@@ -27,9 +27,10 @@ from t2v_turbo.distill import Objective, draw
 from t2v_turbo.streams import open_source
 from t2v_turbo.saved import load_student
 from t2v_turbo.teachers.base import Teacher
-from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.tiny import WEIGHTS
-from t2v_turbo.teachers.wan import save_wan, tiny_wan
+from t2v_turbo.teachers.wan import save_wan
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}

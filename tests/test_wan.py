@@ -24,8 +24,10 @@ from t2v_turbo.saved import load_student, save_student
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.tiny import tiny_text_encoder, tiny_tokenizer, tiny_vae
-from t2v_turbo.teachers.wan import (Flow, FlowTeacher, GuidedWan, check_clip, flow_scheduler, guided_wan, load_wan,
-                                    save_wan, save_wan_lora, stock_scheduler, tiny_wan, wan_lora, with_places)
+from t2v_turbo.standins import tiny_wan
+from t2v_turbo.teachers.wan import (Flow, FlowTeacher, GuidedWan, check_clip, flow_scheduler,
+                                    guided_wan, load_wan, save_wan, save_wan_lora, stock_scheduler,
+                                    wan_lora, with_places)
 
 SHIFTS = pytest.mark.parametrize("shift", [1., 3., 5.])
 
