@@ -236,7 +236,9 @@ def report(trainer, # a trained `Trainer`
            best:int|None=None, # step of the look that was kept; `None`: the last step
           )->dict:  # rows, and the paths of what was written
     "Judge all samplers, print the table, write `results.json` and `report.html`"
-    from t2v_turbo.evaluate import evaluate, load_judges, print_table, write_report
+    from t2v_turbo.evaluate import evaluate, print_table
+    from t2v_turbo.judges import load_judges
+    from t2v_turbo.report import write_report
     from t2v_turbo.student import load_student
     from t2v_turbo.teachers.folders import SHIPPED
     from t2v_turbo.watch import read_rows
@@ -373,7 +375,8 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # whom to judge
     "Judge a student beside its teacher in as many steps"
     from t2v_turbo.core import make_gen
     from t2v_turbo.files import write_json
-    from t2v_turbo.evaluate import Sampler, evaluate as judged, load_judges, print_table
+    from t2v_turbo.evaluate import Sampler, evaluate as judged, print_table
+    from t2v_turbo.judges import load_judges
     from t2v_turbo.pipeline import sample_student, sample_teacher
     from t2v_turbo.teachers.folders import load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
