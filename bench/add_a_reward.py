@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import write_json
-from t2v_turbo.evaluate import high_frequency, judge, load_judges, motion_amount, saturation
+from t2v_turbo.judges import high_frequency, judge, load_judges, motion_amount, saturation
 from t2v_turbo.pipeline import sample_student
 from t2v_turbo.rewards.base import mix
 from t2v_turbo.rewards.tiny import load_reward

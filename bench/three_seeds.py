@@ -84,7 +84,7 @@ def options(argv=None):
 class Rows:
     "The rows of the table, in a file; a row that is there is not made again"
     def __init__(self, a):
-        from t2v_turbo.evaluate import load_judges
+        from t2v_turbo.judges import load_judges
         from t2v_turbo.world import caption, combos
         self.path, self.repeats, self.net = a.out / "rows.json", a.repeats, load_judges()
         self.prompts = [caption(*c) for c in combos("heldout").tolist()]

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from t2v_turbo import cli
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen, write_video
-from t2v_turbo.evaluate import Sampler, evaluate, load_judges
+from t2v_turbo.evaluate import Sampler, evaluate
+from t2v_turbo.judges import load_judges
 from t2v_turbo.pipeline import sample_teacher
 from t2v_turbo.saved import load_student, save_student
 from t2v_turbo.student import Student
