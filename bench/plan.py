@@ -23,7 +23,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, UMT5Config, UMT5EncoderModel
 
-from t2v_turbo.caches import Pair
+from t2v_turbo.data.recipes import Pair
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.plan import GB, TEACHERS, NoWords, cast, plan_of, reward_on_meta, teacher_on_meta

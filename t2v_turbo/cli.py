@@ -187,7 +187,7 @@ def train(trainer, # a `Trainer`, in a folder that is claimed
          )->int|None: # step of the look that was kept, where a hacked run was stopped
     "Go on to the last step; a collective: call it on every process"
     from t2v_turbo import watch as watching
-    from t2v_turbo.data import reasons
+    from t2v_turbo.data.clips import reasons
     cfg, acc, resumed = trainer.cfg, trainer.accelerator, trainer.resume()
     if acc.is_main_process:
         if resumed: print(f"resumed at step {trainer.step} of {cfg.steps}")
@@ -319,7 +319,7 @@ def sample(o:SampleOptions=SampleOptions(), # what to sample
           )->list:                          # paths of the videos
     "Sample a student and write mp4 or gif files"
     from t2v_turbo.core import as_dtype, make_gen, pick_device, write_video
-    from t2v_turbo.data import read_prompts
+    from t2v_turbo.data.tables import read_prompts
     from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.teachers.tiny import WEIGHTS
     if Path(o.out).is_file(): raise UserError(f"out {o.out!r} is a file: give a folder")
@@ -525,8 +525,9 @@ def _cache_teacher(o, device):
 def cache(o:CacheOptions, # what to compute
          )->None:
     "Compute what is missing of a cache"
-    from t2v_turbo.caches import build_cache, open_cache, open_texts
-    from t2v_turbo.streams import open_source
+    from t2v_turbo.data.build import build_cache
+    from t2v_turbo.data.cache import open_cache, open_texts
+    from t2v_turbo.data.sources import open_source
     from t2v_turbo.suites import processes
     from t2v_turbo.teachers.folders import defaults_of
     own, state = defaults_of(o.teacher), processes()     # refuses a teacher before it is loaded

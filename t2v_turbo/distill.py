@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .caches import Pair
+from .data.recipes import Pair
 from .consistency import cd_loss
 from .files import UserError, at_least
 from .rewards.base import (CLOCK, SHAPES_OF_J, agreed_frames, frames_wanted, objective,

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import (BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel, CLIPTextConfig,
                           CLIPTextModel, UMT5Config, UMT5EncoderModel)
 
-from .caches import Pair
+from .data.recipes import Pair
 from .core import make_gen
 from .files import UserError
 from .distill import Distillation, Objective, draw

@@ -26,7 +26,8 @@ from fastcore.basics import patch
 from scipy import stats
 
 from .files import UserError, atomic
-from .data import find_clips, open_video, probe, read_table
+from .data.tables import find_clips, read_table
+from .data.videos import open_video, probe
 
 # %% ../nbs/44_rate.ipynb #6da8887e
 PLAYED = {"h264", "vp8", "vp9", "av1"}                  # codecs that browsers play

@@ -33,13 +33,13 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optim
 from torch.distributed.tensor import distribute_tensor
 
 from .files import UserError, at_least, atomic, write_json
-from .caches import open_cache, open_texts
+from .data.cache import open_cache, open_texts
 from .checkpoints import CannotSave, Checkpoints, Stopped, stop_signals
 from .core import pick_device, step_gen
 from .distill import Distillation, Objective, StepOut, draw
 from .precision import Precision, asked_precision
 from .rewards.names import named_frames, options_of, parse_reward, rewards_from
-from .streams import Prefetch, open_source
+from .data.sources import Prefetch, open_source
 from .student import Student, sampling_of, whole
 from .teachers.base import differing, same_teacher, weights_ids
 from .teachers.folders import load_teacher
@@ -264,7 +264,7 @@ def check_rewards(cfg:Config,        # what is trained
                     f"{' '.join(f'--{b} 0' for b in betas.values())}")
 
 # %% ../nbs/33_train.ipynb #45b071fd
-from .caches import prompts_of
+from .data.recipes import prompts_of
 from .rewards.tiny import TinyReward
 
 def warn_of_words(rewards:list,  # those that know a few words only

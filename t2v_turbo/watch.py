@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from .files import UserError, at_least, atomic
 from .checkpoints import CannotSave
 from .core import step_gen, strip
-from .data import read_prompts
+from .data.tables import read_prompts
 from .distill import video_frames_of
 from .evaluate import (high_frequency, judge, judge_score, load_judges, motion_amount,
                                 saturation)

@@ -15,11 +15,11 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from safetensors.torch import load_file
 
-import t2v_turbo.streams as streams
 from launching import ENV, ROOT, SMALL, coded, finish, launch, put, said
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen
-from t2v_turbo.data import read_clip
+from t2v_turbo.data.shards import Shards
+from t2v_turbo.data.videos import read_clip
 from t2v_turbo.train import Config, Objective, Trainer
 from test_streams import blotted, real  # noqa: F401 (a fixture)
 
@@ -132,7 +132,7 @@ def test_corrupt_members_are_reported_by_the_process_that_did_not_read_them(ddp,
     assert [Path(g["name"]).name for g in gone] == ["mute", "text", "torn.mp4"]
     last = ddp[1].strip().splitlines()[-2]
     assert last.startswith(f"3 clips were left out, as {ddp[0]}/left_out.json lists: ") and all(g["why"] in last for g in gone)
-    source = streams.Shards(tars, 8, (32, 32), 8, seed=2)
+    source = Shards(tars, 8, (32, 32), 8, seed=2)
     torn = [i for i in range(len(source)) if "torn" in source.name(i)]
     who = [k for step in range(4) for k in range(2) if {i for _, i in source.picks(step, 4, slice(2*k, 2*k + 2))} & set(torn)]
     assert who == [1], "the main process reads it itself: give the data another order"

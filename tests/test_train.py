@@ -19,12 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
-from t2v_turbo.caches import TextCache, build_cache, dice, open_cache
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import TextCache, open_cache
+from t2v_turbo.data.recipes import dice
 from t2v_turbo.checkpoints import CannotSave
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective, draw
-from t2v_turbo.streams import open_source
+from t2v_turbo.data.sources import open_source
 from t2v_turbo.student import load_student
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
