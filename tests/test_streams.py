@@ -698,6 +698,7 @@ def test_leaving_early_is_clean():
 RUN = r"""
 import hashlib, json, sys, warnings
 import torch, torch.distributed as dist
+from t2v_turbo.data.sources import Prefetch, open_source
 rank, world, file, data, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 warnings.simplefilter("ignore")
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
