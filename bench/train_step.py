@@ -49,7 +49,8 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 
 from t2v_turbo import train as training
-from t2v_turbo.caches import build_cache, dice
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.recipes import dice
 from t2v_turbo.consistency import w_embedding
 from t2v_turbo.core import make_gen, step_gen
 from t2v_turbo.distill import Distillation, Objective, draw

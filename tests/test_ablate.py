@@ -15,7 +15,7 @@ import pytest
 
 from t2v_turbo.ablate import (_devices, AblateOptions, ablate, ablation_table, by_setting, cell_config, cell_name, cells, collect, frontier,
                               read_table, run_cell)
-from t2v_turbo.caches import build_cache
+from t2v_turbo.data.build import build_cache
 from t2v_turbo.checkpoints import Stopped
 from t2v_turbo.cli import main, parser, read_config
 from t2v_turbo.files import UserError

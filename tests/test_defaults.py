@@ -147,13 +147,13 @@ def test_the_precision_of_the_device(monkeypatch):
 
 def test_one_guidance_for_a_teacher(at, monkeypatch):
     "The table of a run, the videos of a suite and the latents of a cache take the same number"
-    from t2v_turbo import caches, suites
+    from t2v_turbo import suites
     seen = []
     monkeypatch.setattr(suites, "sample_teacher", lambda t, prompts, gen, steps, w: seen.append(w) or torch.zeros(1))
     for who in ("tiny", "tiny-flow", name(at, "ms"), name(at, "wan")): by_teacher(load_teacher(who))(["a"], [0])
     assert seen == [2., 2., 7.5, 5.]
     made = {}
-    monkeypatch.setattr(caches, "build_cache", lambda *a, **how: made.update(how))
+    monkeypatch.setattr("t2v_turbo.data.build.build_cache", lambda *a, **how: made.update(how))
     assert main(["cache", "samples", "c", "--teacher", name(at, "ms"), "--data", ""]) == 0 and made["w"] == 7.5
     assert main(["cache", "samples", "c", "--teacher", name(at, "ms"), "--w", "3", "--verify", "1", "--dtype_of_teacher", "bfloat16"]) == 0
     assert made["w"] == 3. and made["verify"] is True

@@ -10,7 +10,8 @@ import torch
 from scipy.stats import t as t_dist
 
 from t2v_turbo import watch as watch_module
-from t2v_turbo.caches import build_cache, open_cache
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import open_cache
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.teachers.folders import load_teacher
