@@ -63,7 +63,9 @@ from t2v_turbo.rewards.viclip import VICLIP_L, ViCLIP
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher, tokenize, zero_w_projection
 from t2v_turbo.teachers.folders import load_teacher
-from t2v_turbo.teachers.memory import Meter, make_optimizer, save_memory, savings_of
+from t2v_turbo.memory import save_memory, savings_of
+from t2v_turbo.meter import Meter
+from t2v_turbo.optimizer import make_optimizer
 from t2v_turbo.teachers.videocrafter2 import vc2_scheduler
 from t2v_turbo.text import clip_tokenizer
 from t2v_turbo.train import Config, Trainer

@@ -73,7 +73,8 @@ def left_to_teacher(cls:type, # `Config` or `Objective`
 def read_config(a:argparse.Namespace, # parsed, of `distill` or `ablate`
                ): # `train.Config`
     "The settings of a training; what is not given is left to the teacher"
-    from t2v_turbo.train import Config, Objective, objective_of
+    from t2v_turbo.config import objective_of
+    from t2v_turbo.train import Config, Objective
     given = {f.name: getattr(a, f.name) for f in fields(Objective)
              if getattr(a, f.name, None) is not None}
     return read_options(a, Config, objective=objective_of(a.teacher, **given))
@@ -167,7 +168,8 @@ def distill(cfg=None,     # a `train.Config`
     from t2v_turbo.checkpoints import claim_together
     from t2v_turbo.rewards.names import reward_named
     from t2v_turbo.rewards.tiny import REWARD_KINDS
-    from t2v_turbo.train import Config, Trainer, warn_of_words
+    from t2v_turbo.config import warn_of_words
+    from t2v_turbo.train import Config, Trainer
     from t2v_turbo.watch import WatchOptions, look_every, look_prompts
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()
     if extra.match_official: cfg = replace(cfg, objective=cfg.objective.as_published())
@@ -187,7 +189,7 @@ def train(trainer, # a `Trainer`, in a folder that is claimed
          )->int|None: # step of the look that was kept, where a hacked run was stopped
     "Go on to the last step; a collective: call it on every process"
     from t2v_turbo import watch as watching
-    from t2v_turbo.data import reasons
+    from t2v_turbo.data.clips import reasons
     cfg, acc, resumed = trainer.cfg, trainer.accelerator, trainer.resume()
     if acc.is_main_process:
         if resumed: print(f"resumed at step {trainer.step} of {cfg.steps}")
@@ -236,7 +238,9 @@ def report(trainer, # a trained `Trainer`
            best:int|None=None, # step of the look that was kept; `None`: the last step
           )->dict:  # rows, and the paths of what was written
     "Judge all samplers, print the table, write `results.json` and `report.html`"
-    from t2v_turbo.evaluate import evaluate, load_judges, print_table, write_report
+    from t2v_turbo.evaluate import evaluate, print_table
+    from t2v_turbo.judges import load_judges
+    from t2v_turbo.report import write_report
     from t2v_turbo.saved import load_student
     from t2v_turbo.teachers.folders import SHIPPED
     from t2v_turbo.watch import read_rows
@@ -319,7 +323,7 @@ def sample(o:SampleOptions=SampleOptions(), # what to sample
           )->list:                          # paths of the videos
     "Sample a student and write mp4 or gif files"
     from t2v_turbo.core import as_dtype, make_gen, pick_device, write_video
-    from t2v_turbo.data import read_prompts
+    from t2v_turbo.data.tables import read_prompts
     from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.teachers.tiny import WEIGHTS
     if Path(o.out).is_file(): raise UserError(f"out {o.out!r} is a file: give a folder")
@@ -373,7 +377,8 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # whom to judge
     "Judge a student beside its teacher in as many steps"
     from t2v_turbo.core import make_gen
     from t2v_turbo.files import write_json
-    from t2v_turbo.evaluate import Sampler, evaluate as judged, load_judges, print_table
+    from t2v_turbo.evaluate import Sampler, evaluate as judged, print_table
+    from t2v_turbo.judges import load_judges
     from t2v_turbo.pipeline import sample_student, sample_teacher
     from t2v_turbo.teachers.folders import load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
@@ -525,8 +530,9 @@ def _cache_teacher(o, device):
 def cache(o:CacheOptions, # what to compute
          )->None:
     "Compute what is missing of a cache"
-    from t2v_turbo.caches import build_cache, open_cache, open_texts
-    from t2v_turbo.streams import open_source
+    from t2v_turbo.data.build import build_cache
+    from t2v_turbo.data.cache import open_cache, open_texts
+    from t2v_turbo.data.sources import open_source
     from t2v_turbo.suites import processes
     from t2v_turbo.teachers.folders import defaults_of
     own, state = defaults_of(o.teacher), processes()     # refuses a teacher before it is loaded

@@ -7,20 +7,20 @@ __all__ = ['Objective', 'video_frames_of', 'window_of', 'Draw', 'draw', 'StepOut
 
 # %% ../nbs/31_distill.ipynb #2973f45f
 import math
+import torch
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-
 from .consistency import cd_loss
 from .files import UserError, at_least
 from .rewards.base import (CLOCK, SHAPES_OF_J, agreed_frames, frames_wanted, objective,
                                     per_frame, random_frames, strided_frames, window_start)
 from .solver import DDIM, TeacherAnswer, guided_step
 from .student import Student
+
+
 
 # %% ../nbs/31_distill.ipynb #0de0c395
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .rewards.internvideo2 import (INTERNVIDEO2, InternVideo2, Sizes,
                                             internvideo2_table)
 from .rewards.viclip import VICLIP_L, ViCLIP, viclip_table
 from .rewards.videoprism import stock
-from .teachers.base import save_parts
+from .teachers.loading import save_parts
 from .teachers.videocrafter2 import (PREFIXES, stock_network, text_table, unet_table,
                                               vae_table, vc2_scheduler)
 from .teachers.wan import WanTeacher, flow_scheduler, guided_wan

@@ -12,15 +12,14 @@ import math
 import os
 import re
 import time
+import torch
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, ContextManager, Iterator
-
-import torch
+from typing import ContextManager, Iterator, TYPE_CHECKING
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import (AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration,
                               broadcast_object_list, gather_object)
@@ -31,21 +30,22 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optimizer_state_dict,
                                                      set_optimizer_state_dict)
 from torch.distributed.tensor import distribute_tensor
-
 from .files import UserError, at_least, atomic, write_json
-from .caches import open_cache, open_texts
 from .checkpoints import CannotSave, Checkpoints, Stopped, stop_signals
 from .core import pick_device, step_gen
 from .distill import Distillation, Objective, StepOut, draw
 from .precision import Precision, asked_precision
 from .rewards.names import named_frames, options_of, parse_reward, rewards_from
-from .streams import Prefetch, open_source
 from .saved import sampling_of, save_student, student_tensors, whole
 from .student import Student
 from .identity import differing, reward_identity, same_teacher, teacher_identity
 from .teachers.folders import load_teacher
-from .teachers.memory import (OPTIMIZERS, PARTS, compile_denoiser, make_optimizer,
-                                       save_memory, savings_of)
+from .memory import PARTS, save_memory, savings_of
+from .optimizer import OPTIMIZERS, compile_denoiser, make_optimizer
+from .data.cache import open_cache, open_texts
+from .data.sources import Prefetch, open_source
+
+
 
 # %% ../nbs/33_train.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def check_rewards(cfg:Config,        # what is trained
                     f"{' '.join(f'--{b} 0' for b in betas.values())}")
 
 # %% ../nbs/33_train.ipynb #45b071fd
-from .caches import prompts_of
+from .data.recipes import prompts_of
 from .rewards.tiny import TinyReward
 
 def warn_of_words(rewards:list,  # those that know a few words only

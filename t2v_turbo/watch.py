@@ -27,10 +27,10 @@ from tqdm.auto import tqdm
 from .files import UserError, at_least, atomic
 from .checkpoints import CannotSave
 from .core import step_gen, strip
-from .data import read_prompts
+from .data.tables import read_prompts
 from .distill import video_frames_of
-from .evaluate import (high_frequency, judge, judge_score, load_judges, motion_amount,
-                                saturation)
+from .judges import (high_frequency, judge, judge_score, load_judges, motion_amount,
+                              saturation)
 from .pipeline import sample_student
 from .rewards.base import per_frame
 from .rewards.names import FACTS, options_of, parse_reward, reward_named

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import UserError
-from .teachers.base import differences, read_torch
+from .teachers.loading import differences, read_torch
 
 _Net = TypeVar("_Net", bound=nn.Module)
 

@@ -17,12 +17,14 @@ from t2v_turbo.ablate import (_devices, AblateOptions, ablate, ablation_table, b
                               read_table, run_cell)
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.checkpoints import Stopped
-from t2v_turbo.cli import main, parser, read_config
+from t2v_turbo.cli import main, parser
+from t2v_turbo.running import read_config
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
 from t2v_turbo.standins import tiny_modelscope
 from t2v_turbo.teachers.folders import load_teacher
-from t2v_turbo.train import Config, objective_of
+from t2v_turbo.config import objective_of
+from t2v_turbo.train import Config
 from t2v_turbo.watch import WatchOptions
 
 NBS = Path(__file__).parents[1] / "nbs"

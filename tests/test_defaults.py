@@ -22,7 +22,8 @@ from t2v_turbo.teachers import folders
 from t2v_turbo.standins import tiny_modelscope, tiny_wan
 from t2v_turbo.teachers.folders import DEFAULTS, Defaults, defaults_of, in_tiny_world, load_teacher
 from t2v_turbo.teachers.wan import save_wan
-from t2v_turbo.train import Config, Trainer, check_rewards, lr_at, objective_of
+from t2v_turbo.config import check_rewards, lr_at, objective_of
+from t2v_turbo.train import Config, Trainer
 
 BRINGS = [f.name for f in fields(Objective) if f.name in {f.name for f in fields(Defaults)}]
 

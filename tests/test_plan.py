@@ -15,7 +15,8 @@ from t2v_turbo.files import UserError
 from t2v_turbo.plan import (GB, RESERVE, SWITCHES, Plan, _phases, bytes_of, flags_of, metered, optimizer_bytes, plan_table, predict,
                             reward_on_meta, save_reward, teacher_on_meta, weights_of)
 from t2v_turbo.rewards.names import FACTS
-from t2v_turbo.teachers.memory import Meter, make_optimizer
+from t2v_turbo.meter import Meter
+from t2v_turbo.optimizer import make_optimizer
 from t2v_turbo.train import Trainer
 
 PATH = next(p/"bench/plan.py" for p in Path(__file__).resolve().parents if (p/"bench/plan.py").is_file())

@@ -19,7 +19,7 @@ from .cache_files import (key_of, list_faults, read_about, read_head, require_sa
                                         resume_source, row_sums, shard_fault, shard_path,
                                         shard_rows)
 from .deal import Dealt, order
-from .recipes import PARTS, Pair, data_id, teacher_id
+from .recipes import PARTS, data_id, teacher_id
 from .tables import parse_json
 from ..files import UserError
 from ..teachers.base import Teacher
@@ -167,7 +167,7 @@ class PairCache(Cache):
              )->tuple[Pair, list]: # answers, captions
         "Read the answers and captions of one step"
         ids = [i for _, i in self.picks(step, size, rows)]
-        return Pair(**self.read(ids)), [self.captions[i] for i in ids]
+        return TeacherAnswer(**self.read(ids)), [self.captions[i] for i in ids]
 
 # %% ../../nbs/17b_cache.ipynb #3fa60747
 def open_cache(folder,               # that `build_cache` wrote

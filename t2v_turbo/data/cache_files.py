@@ -23,7 +23,7 @@ from torch import Tensor
 from .deal import digest
 from .tables import parse_json
 from ..files import UserError, atomic, write_json
-from ..teachers.base import same_teacher
+from ..identity import same_teacher
 
 # %% ../../nbs/17a_cache_files.ipynb #1c2ddba2
 def _checksum(tensors):

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from ..files import UserError
 from ..hub import fetch_file, fetch_folder, split_name
 from .base import Facts
-from ..teachers.base import check_words, differences, not_counted, which_weights
+from ..teachers.loading import check_words, differences, not_counted, which_weights
 
 _Net = TypeVar("_Net", bound=nn.Module)
 
