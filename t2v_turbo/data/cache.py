@@ -23,6 +23,7 @@ from .recipes import PARTS, data_id, teacher_id
 from .tables import parse_json
 from ..files import UserError
 from ..teachers.base import Teacher
+from ..solver import TeacherAnswer
 
 # %% ../../nbs/17b_cache.ipynb #18ce3c79
 MEND = "build the same cache into this folder again, which makes only what is missing or broken"
@@ -164,7 +165,7 @@ class PairCache(Cache):
               step:int, # which batch
               size:int, # samples in it: b
               rows:slice=slice(None), # which of them to read
-             )->tuple[Pair, list]: # answers, captions
+             )->tuple[TeacherAnswer, list]: # answers, captions
         "Read the answers and captions of one step"
         ids = [i for _, i in self.picks(step, size, rows)]
         return TeacherAnswer(**self.read(ids)), [self.captions[i] for i in ids]
