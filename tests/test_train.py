@@ -124,6 +124,10 @@ CACHED = """
 import sys, torch
 from dataclasses import replace
 from t2v_turbo import precision, train
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import open_cache
+from t2v_turbo.data.recipes import dice
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.world import World
 d, teacher, where = sys.argv[1], load_teacher("tiny"), dict(batch=4, progress=False)
