@@ -10,10 +10,12 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Literal
 
 import pytest
 
-from t2v_turbo.ablate import (_devices, AblateOptions, ablate, ablation_table, by_setting, cell_config, cell_name, cells, collect, frontier,
+from t2v_turbo.ablate import (_devices, _parse, _run, AblateOptions, ablate, ablation_table, by_setting, cell_config, cell_name, cells, collect, frontier,
                               read_table, run_cell)
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.checkpoints import Stopped
@@ -82,6 +84,9 @@ def test_bad_grids_train_nothing(tmp_path, monkeypatch, capsys):
     call = lambda *a: main(["ablate", "--out", str(tmp_path / "o"), "--steps", "2", *a])
     for args, says in ((("--over", "k=7"), "k 7 does not divide 1000"), (("--over", "beta_img=-1"), "beta_img is -1.0: give 0 or more"),
                        (("--sample_steps", "4,32"), "student_steps is 32"), (("--seeds", "a"), "seeds 'a': give whole numbers"),
+                       (("--seeds", "1,01"), "seeds has a value twice"), (("--sample_steps", "4,4"), "sample_steps has a value twice"),
+                       (("--over", "compile=0,0"), "has a value twice"), (("--over", "beta_img=1,1.0"), "has a value twice"),
+                       (("--over", "lr=nan"), "lr is nan"), (("--over", "beta_img=nan"), "beta_img is nan"), (("--student_w", "nan"), "student_w is nan"),
                        (("--jobs", "-1"), "jobs is -1"), (("--clips_each", "0"), "clips_each is 0")):
         assert call(*args) == 2 and says in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
@@ -168,6 +173,30 @@ def test_a_stop_crosses_processes():
     "Whoever of parent and child hears the signal first, the sentence is whole"
     stop = pickle.loads(pickle.dumps(Stopped(signal.SIGINT, 12)))
     assert stop.signum == signal.SIGINT and str(stop) == str(Stopped(signal.SIGINT, 12))
+
+
+def test_what_stops_a_cell_crosses_processes(tmp_path):
+    "The error of the command that runs a cell is raised again here; anything else shows what it wrote"
+    cfg, o = two(tmp_path / "a")
+    cell, devices = cells(o, cfg)[0], SimpleQueue()
+    devices.put(None)
+    out = Path(cell_config(cfg, cell).out); out.parent.mkdir(parents=True)
+    out.touch()                                                        # a file where its folder should be
+    with pytest.raises((OSError, UserError), match="exist"): _run(cfg, cell, LOOKS, [1], devices)
+    out.unlink()
+    with pytest.raises(UserError, match="held_out 'tiny-video' is in the loss"):
+        _run(replace(cfg, reward="tiny-video"), cell | dict(beta_vid=1.), replace(LOOKS, held_out="tiny-video"), [1], devices)
+    with pytest.raises(RuntimeError, match="(?s)cell beta_img=0.0 beta_vid=0.0 seed=0 ended with status 1.*TypeError"):
+        _run(cfg, cell, LOOKS, ["4"], devices)
+    assert devices.get_nowait() is None                                # given back each time
+
+
+@pytest.mark.parametrize("kind, text, value", [(int, "3", 3), (float, "inf", float("inf")), (float | None, "1", 1.), (bool, "0", False), (bool, "False", False),
+                                               (bool, "true", True), (str, "a", "a"), (Literal["a", "b"], "a", "a")])
+def test_values_of_every_type(kind, text, value):
+    assert _parse(kind, text) == value and type(_parse(kind, text)) is type(value)
+    if kind is bool:
+        with pytest.raises(ValueError): _parse(kind, "maybe")
 
 
 def test_means_and_front():
