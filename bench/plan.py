@@ -31,7 +31,8 @@ from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.rewards.viclip import VICLIP_L, ViCLIP
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher
-from t2v_turbo.teachers.memory import make_optimizer, save_memory
+from t2v_turbo.memory import save_memory
+from t2v_turbo.optimizer import make_optimizer
 from t2v_turbo.teachers.videocrafter2 import vc2_scheduler
 from t2v_turbo.teachers.wan import WanTeacher, flow_scheduler, guided_wan
 

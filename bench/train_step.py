@@ -53,7 +53,7 @@ from t2v_turbo.caches import build_cache, dice
 from t2v_turbo.consistency import w_embedding
 from t2v_turbo.core import make_gen, step_gen
 from t2v_turbo.distill import Distillation, Objective, draw
-from t2v_turbo.plan import _FULL, GB, NoWords, _attention, _phases, cast, plan_of, save_reward, weights_of
+from t2v_turbo.plan import _FULL, GB, NoWords, _attention, cast, plan_of, save_reward, weights_of
 from t2v_turbo.rewards import internvideo2 as iv2
 from t2v_turbo.rewards.clip import HPS, CLIPReward, letterbox
 from t2v_turbo.rewards.names import reward_named
@@ -61,7 +61,9 @@ from t2v_turbo.rewards.viclip import VICLIP_L, ViCLIP
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher, tokenize, zero_w_projection
 from t2v_turbo.teachers.folders import load_teacher
-from t2v_turbo.teachers.memory import Meter, make_optimizer, save_memory, savings_of
+from t2v_turbo.memory import save_memory, savings_of
+from t2v_turbo.meter import Meter
+from t2v_turbo.optimizer import make_optimizer
 from t2v_turbo.teachers.videocrafter2 import clip_tokenizer, vc2_scheduler
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.world import World
@@ -316,11 +318,12 @@ class Ours(Trainer):
         super().__init__(Config(out=out, batch=c["batch"], rank=c["rank"], save_memory=save, objective=objective(c), lr=1e-5,
                                 data=f"{caches}/{kind}" if kind else "", texts=f"{caches}/text" if kind else "", seed=SEED, track=""),
                          image, video)
+        self.opt = self.engine.opt
         moved(self.params)
 
     def _teacher(self): return self.made
     def _source(self, teacher): return super()._source(teacher) if self.cfg.data else Clips(self.c)
-    def read(self): return self.source.batch(0, self.cfg.batch, self.rows())
+    def read(self): return self.source.batch(0, self.cfg.batch, self.rows)
     def backward(self, read):
         with replaced.object(training, "draw", dealt): return super().backward(read)
     def update(self):
@@ -334,7 +337,7 @@ class Ours(Trainer):
             with clock.phase("backward"): plain(loss)
         self.accelerator.backward = backward
         try:
-            with _phases(self.accelerator.unwrap_model(self.model), clock): yield
+            with replaced.object(self.model, "phase", clock.phase): yield
         finally: self.accelerator.backward = plain
 
 

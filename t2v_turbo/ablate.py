@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 from .files import UserError, at_least, atomic, write_json
 from .checkpoints import claim
 from .distill import Objective
-from .train import Config, Trainer, changed, check_rewards
+from .config import changed, check_rewards
+from .train import Config, Trainer
 from .watch import Watcher, WatchOptions, keep_best, look_prompts, watch
 
 # %% ../nbs/46_ablate.ipynb #206ca10c

@@ -73,7 +73,8 @@ def left_to_teacher(cls:type, # `Config` or `Objective`
 def read_config(a:argparse.Namespace, # parsed, of `distill` or `ablate`
                ): # `train.Config`
     "The settings of a training; what is not given is left to the teacher"
-    from t2v_turbo.train import Config, Objective, objective_of
+    from t2v_turbo.config import objective_of
+    from t2v_turbo.train import Config, Objective
     given = {f.name: getattr(a, f.name) for f in fields(Objective)
              if getattr(a, f.name, None) is not None}
     return read_options(a, Config, objective=objective_of(a.teacher, **given))
@@ -167,7 +168,8 @@ def distill(cfg=None,     # a `train.Config`
     from t2v_turbo.checkpoints import claim_together
     from t2v_turbo.rewards.names import reward_named
     from t2v_turbo.rewards.tiny import REWARD_KINDS
-    from t2v_turbo.train import Config, Trainer, warn_of_words
+    from t2v_turbo.config import warn_of_words
+    from t2v_turbo.train import Config, Trainer
     from t2v_turbo.watch import WatchOptions, look_every, look_prompts
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()
     if extra.match_official: cfg = replace(cfg, objective=cfg.objective.as_published())

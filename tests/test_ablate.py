@@ -21,7 +21,8 @@ from t2v_turbo.cli import main, parser, read_config
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
 from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
-from t2v_turbo.train import Config, objective_of
+from t2v_turbo.config import objective_of
+from t2v_turbo.train import Config
 from t2v_turbo.watch import WatchOptions
 
 NBS = Path(__file__).parents[1] / "nbs"

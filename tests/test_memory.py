@@ -15,7 +15,9 @@ from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.student import Student, load_student
 from t2v_turbo.teachers.base import same_teacher
 from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
-from t2v_turbo.teachers.memory import Meter, compile_denoiser, make_optimizer, save_memory
+from t2v_turbo.memory import save_memory
+from t2v_turbo.meter import Meter
+from t2v_turbo.optimizer import compile_denoiser, make_optimizer
 from t2v_turbo.teachers.wan import load_wan, save_wan, tiny_wan
 from t2v_turbo.train import Config, Trainer
 

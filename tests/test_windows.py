@@ -18,7 +18,8 @@ from t2v_turbo.rewards.internvideo2 import INTERNVIDEO2
 from t2v_turbo.rewards.names import named_frames
 from t2v_turbo.rewards.tiny import load_reward
 from t2v_turbo.student import Student
-from t2v_turbo.teachers.memory import Meter, save_memory
+from t2v_turbo.memory import save_memory
+from t2v_turbo.meter import Meter
 from t2v_turbo.teachers.tiny import load_teacher
 from t2v_turbo.teachers.wan import as_history, reach_of, tiny_wan
 from t2v_turbo.train import Config, Trainer
