@@ -14,8 +14,8 @@ preview: docs    ## the site, at http://localhost:8000
 export:          ## notebooks -> t2v_turbo/*.py and README.md, cleaned
 	nbdev_export && nbdev_clean && python tools/readme.py
 
-test:            ## every notebook, every test
-	pytest
+test:            ## every notebook, every test; `pytest` alone leaves out the slow ones
+	pytest --full
 
 package:         ## wheel and sdist, checked
 	rm -rf dist && python -m build && twine check --strict dist/*

@@ -15,7 +15,7 @@ from t2v_turbo.ablate import cell_name, read_table
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import atomic
 from t2v_turbo.pipeline import sample_student
-from t2v_turbo.student import load_student
+from t2v_turbo.saved import load_student
 from t2v_turbo.world import caption, combos
 
 CAPTIONS = [caption(*a) for a in combos("heldout")[[1, 15]].tolist()]

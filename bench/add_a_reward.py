@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import write_json
-from t2v_turbo.evaluate import high_frequency, judge, load_judges, motion_amount, saturation
+from t2v_turbo.judges import high_frequency, judge, load_judges, motion_amount, saturation
 from t2v_turbo.pipeline import sample_student
 from t2v_turbo.rewards.base import mix
 from t2v_turbo.rewards.tiny import load_reward
-from t2v_turbo.student import load_student
+from t2v_turbo.saved import load_student
 from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.world import MOTIONS, caption, combos, parse
 

@@ -25,7 +25,7 @@ COMMAND = ["-m", "t2v_turbo.cli"]                        # what the interpreter 
 
 BUILD = """if 1:
     import sys, torch
-    from t2v_turbo.teachers.videocrafter2 import random_videocrafter2, vc2_sizes
+    from t2v_turbo.standins import random_videocrafter2, vc2_sizes
     state = random_videocrafter2(vc2_sizes(tiny=sys.argv[2] == 'small'))
     print(len(state), sum(v.numel() for v in state.values()))
     torch.save(dict(state_dict=state, global_step=1), sys.argv[1])"""

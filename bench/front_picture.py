@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from t2v_turbo.core import make_gen
 from t2v_turbo.pipeline import sample_student, sample_teacher
-from t2v_turbo.student import load_student
+from t2v_turbo.saved import load_student
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher
 from t2v_turbo.world import caption, combos
 

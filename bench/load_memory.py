@@ -32,8 +32,10 @@ def make(folder, channels, rank, layers=2):
     from diffusers import UNet3DConditionModel
     from t2v_turbo.core import make_gen
     from t2v_turbo.pipeline import T2VTurboPipeline
+    from t2v_turbo.saved import save_student
     from t2v_turbo.student import Student
-    from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
+    from t2v_turbo.standins import tiny_modelscope
+    from t2v_turbo.teachers.folders import load_teacher
     if (folder / "whole").is_dir(): return
     tiny_modelscope(folder / "small")
     tiny_modelscope(folder / "teacher")
@@ -45,7 +47,7 @@ def make(folder, channels, rank, layers=2):
         student = Student(load_teacher(folder / name), rank if name == "teacher" else 2)
         with torch.no_grad():
             for p in student.trainable().values(): p.copy_(.01 * torch.randn(p.shape, generator=make_gen(0)))
-        student.save(folder / f"{name} student")
+        save_student(student, folder / f"{name} student")
     T2VTurboPipeline.from_pretrained(folder / "teacher student").save_pretrained(folder / "whole")
 
 

@@ -84,7 +84,7 @@ def options(argv=None):
 class Rows:
     "The rows of the table, in a file; a row that is there is not made again"
     def __init__(self, a):
-        from t2v_turbo.evaluate import load_judges
+        from t2v_turbo.judges import load_judges
         from t2v_turbo.world import caption, combos
         self.path, self.repeats, self.net = a.out / "rows.json", a.repeats, load_judges()
         self.prompts = [caption(*c) for c in combos("heldout").tolist()]
@@ -121,7 +121,7 @@ def student_rows(a, rows):
     from t2v_turbo.core import make_gen
     from t2v_turbo.evaluate import Sampler
     from t2v_turbo.pipeline import sample_student
-    from t2v_turbo.student import load_student
+    from t2v_turbo.saved import load_student
     for seed in range(a.seeds):
         for v in a.variants:
             student = load_student(a.out / run_name(v, seed) / "student")
@@ -133,7 +133,7 @@ def write_clips(a):
     from safetensors.torch import save_file
     from t2v_turbo.core import make_gen
     from t2v_turbo.pipeline import sample_student
-    from t2v_turbo.student import load_student
+    from t2v_turbo.saved import load_student
     from t2v_turbo.world import caption, combos
     prompts = [caption(*c) for c in combos("heldout")[[1, 9, 15, 20]].tolist()]
     clips = sample_student(load_student(a.out / run_name("turbo (both)", 0) / "student"), prompts, make_gen(0), 4, a.w)

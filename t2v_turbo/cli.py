@@ -189,7 +189,7 @@ def train(trainer, # a `Trainer`, in a folder that is claimed
          )->int|None: # step of the look that was kept, where a hacked run was stopped
     "Go on to the last step; a collective: call it on every process"
     from t2v_turbo import watch as watching
-    from t2v_turbo.data import reasons
+    from t2v_turbo.data.clips import reasons
     cfg, acc, resumed = trainer.cfg, trainer.accelerator, trainer.resume()
     if acc.is_main_process:
         if resumed: print(f"resumed at step {trainer.step} of {cfg.steps}")
@@ -216,7 +216,7 @@ def samplers(student,       # the one just trained
     from t2v_turbo.core import make_gen
     from t2v_turbo.evaluate import Sampler
     from t2v_turbo.pipeline import sample_student, sample_teacher
-    from t2v_turbo.student import load_student
+    from t2v_turbo.saved import load_student
     from t2v_turbo.teachers.folders import defaults_of, load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
     who, own = student.teacher.name, sampling_of_student(student)
@@ -238,8 +238,10 @@ def report(trainer, # a trained `Trainer`
            best:int|None=None, # step of the look that was kept; `None`: the last step
           )->dict:  # rows, and the paths of what was written
     "Judge all samplers, print the table, write `results.json` and `report.html`"
-    from t2v_turbo.evaluate import evaluate, load_judges, print_table, write_report
-    from t2v_turbo.student import load_student
+    from t2v_turbo.evaluate import evaluate, print_table
+    from t2v_turbo.judges import load_judges
+    from t2v_turbo.report import write_report
+    from t2v_turbo.saved import load_student
     from t2v_turbo.teachers.folders import SHIPPED
     from t2v_turbo.watch import read_rows
     from t2v_turbo.world import caption, combos
@@ -321,7 +323,7 @@ def sample(o:SampleOptions=SampleOptions(), # what to sample
           )->list:                          # paths of the videos
     "Sample a student and write mp4 or gif files"
     from t2v_turbo.core import as_dtype, make_gen, pick_device, write_video
-    from t2v_turbo.data import read_prompts
+    from t2v_turbo.data.tables import read_prompts
     from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.teachers.tiny import WEIGHTS
     if Path(o.out).is_file(): raise UserError(f"out {o.out!r} is a file: give a folder")
@@ -362,7 +364,7 @@ class EvaluateOptions:
 def judged_student(folder, # of a student
                   ):       # a `Student` of the tiny world
     "Load a student that the shipped judges can judge; refuse any other before it is loaded"
-    from t2v_turbo.student import load_student, read_student
+    from t2v_turbo.saved import load_student, read_student
     from t2v_turbo.teachers.folders import in_tiny_world
     name = read_student(folder)[0]["teacher"]            # a damaged one is refused here
     if not in_tiny_world(name): raise UserError(
@@ -375,7 +377,8 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # whom to judge
     "Judge a student beside its teacher in as many steps"
     from t2v_turbo.core import make_gen
     from t2v_turbo.files import write_json
-    from t2v_turbo.evaluate import Sampler, evaluate as judged, load_judges, print_table
+    from t2v_turbo.evaluate import Sampler, evaluate as judged, print_table
+    from t2v_turbo.judges import load_judges
     from t2v_turbo.pipeline import sample_student, sample_teacher
     from t2v_turbo.teachers.folders import load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
@@ -452,7 +455,7 @@ class ConvertLora:
 
     @whole_or_nothing()
     def run(self):
-        from t2v_turbo.teachers.base import new_folder
+        from t2v_turbo.teachers.loading import new_folder
         from t2v_turbo.teachers.folders import local_folder
         from t2v_turbo.teachers.published import convert_lora, read_lora
         new_folder(self.out); read_lora(self.source)   # refused before a base model is fetched
@@ -527,8 +530,9 @@ def _cache_teacher(o, device):
 def cache(o:CacheOptions, # what to compute
          )->None:
     "Compute what is missing of a cache"
-    from t2v_turbo.caches import build_cache, open_cache, open_texts
-    from t2v_turbo.streams import open_source
+    from t2v_turbo.data.build import build_cache
+    from t2v_turbo.data.cache import open_cache, open_texts
+    from t2v_turbo.data.sources import open_source
     from t2v_turbo.suites import processes
     from t2v_turbo.teachers.folders import defaults_of
     own, state = defaults_of(o.teacher), processes()     # refuses a teacher before it is loaded
@@ -611,7 +615,7 @@ def _suite_sampler(o, device):
     "How the videos of a suite are sampled: the function, its settings, frames a second"
     from t2v_turbo.core import as_dtype
     from t2v_turbo.pipeline import T2VTurboPipeline
-    from t2v_turbo.student import content_id
+    from t2v_turbo.identity import content_id
     from t2v_turbo.suites import by_student, by_teacher
     from t2v_turbo.teachers.folders import defaults_of, load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS

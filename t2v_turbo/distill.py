@@ -7,21 +7,20 @@ __all__ = ['Objective', 'video_frames_of', 'window_of', 'Draw', 'draw', 'StepOut
 
 # %% ../nbs/31_distill.ipynb #2973f45f
 import math
+import torch
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-
-from .caches import Pair
 from .consistency import cd_loss
 from .files import UserError, at_least
 from .rewards.base import (CLOCK, SHAPES_OF_J, agreed_frames, frames_wanted, objective,
                                     per_frame, random_frames, strided_frames, window_start)
-from .solver import DDIM, guided_step
+from .solver import DDIM, TeacherAnswer, guided_step
 from .student import Student
+
+
 
 # %% ../nbs/31_distill.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class Distillation(nn.Module):
                 prompts:list,  # captions, `list[str]`
                 d:Draw,        # the step's random numbers
                 target_weights=nullcontext, # context in which the student is the target
-                pair:Pair|None=None, # the teacher's answers from a cache, not `z0` and `null`
+                pair:TeacherAnswer|None=None, # the teacher's answers from a cache, not `z0` and `null`
                )->StepOut:
         "L = L_CD - beta_img J_img - beta_vid J_vid (eq. 10), per sample"
         index = d.index if pair is None else pair.index            # a cache keeps its own

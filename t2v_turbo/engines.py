@@ -33,7 +33,7 @@ from .files import UserError
 from .memory import PARTS
 from .optimizer import make_optimizer
 from .precision import Precision, asked_precision
-from .student import whole
+from .saved import whole
 
 # %% ../nbs/32c_engines.ipynb #c90abb05
 class Plain:

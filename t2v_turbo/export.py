@@ -14,8 +14,8 @@ from diffusers import LCMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from .consistency import w_embedding
 from .files import UserError, atomic, write_json
 from .pipeline import T2VTurboPipeline
-from .student import steps_of
-from .teachers.base import new_folder
+from .saved import steps_of
+from .teachers.loading import new_folder
 from .teachers.published import COND, rebuild
 
 # %% ../nbs/34_export.ipynb #0b455a59

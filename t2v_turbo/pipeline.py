@@ -27,9 +27,12 @@ from .consistency import consistency_fn, few_step_sample, w_embedding
 from .core import as_dtype, check_finite
 from .files import UserError
 from .solver import DDIM, ddim_sample
-from .student import (Student, content_id, guidance_of, load_merged, sampling_of, steps_of,
-                               student_inside)
-from .teachers.base import Teacher, check_size, load_part, read_object
+from .identity import content_id
+from .saved import (guidance_of, load_merged, own_sampling, sampling_of, steps_of,
+                             student_inside)
+from .student import Student
+from .teachers.base import Teacher
+from .teachers.loading import check_size, load_part, read_object
 from .teachers.folders import (ScaledSchedule, check_whole, load_teacher, local_folder,
                                         teacher_class)
 
@@ -307,7 +310,7 @@ def from_student(cls,
                   guidance_scale:float|None=None, # default w when sampling; the student's own
                  )->"T2VTurboPipeline":
     "A pipeline with the student's adapters merged into the weights"
-    return cls._of(student.teacher, student.merged(), student.sampling, guidance_scale)
+    return cls._of(student.teacher, student.merged(), own_sampling(student), guidance_scale)
 
 @patch_to(T2VTurboPipeline, cls_method=True)
 def _of(cls, t, denoiser, sampling, w=None):
@@ -423,8 +426,9 @@ def sample_student(student:Student, # adapters on
                   )->Tensor:        # clips `(b c t h w)` in [0,1]
     "The few-step sampler on a student that is still in training"
     t, prompts = student.teacher, captions(prompts)
-    grid, ctx = steps_of(student.sampling, steps), t.encode_text(prompts)
-    shape, w = (len(prompts), *t.latent_shape), student.sampling["w"] if w is None else w
+    sampling = own_sampling(student)
+    grid, ctx = steps_of(sampling, steps), t.encode_text(prompts)
+    shape, w = (len(prompts), *t.latent_shape), sampling["w"] if w is None else w
     ws = torch.full((len(prompts),), float(w), device=t.device)
     noise = lambda i: torch.randn(shape, generator=gen).to(t.device)
     f = lambda zt, s: student(zt, s, ctx, ws)

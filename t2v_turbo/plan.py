@@ -13,35 +13,34 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch as replaced
-
 import torch
 import torch.nn.functional as F
-from diffusers import (AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel,
-                       WanTransformer3DModel)
+from diffusers import AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
 from fastcore.basics import patch
 from torch import nn
 from transformers import (BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel, CLIPTextConfig,
                           CLIPTextModel, UMT5Config, UMT5EncoderModel)
-
-from .caches import Pair
 from .core import make_gen
 from .files import UserError
 from .distill import Distillation, Objective, draw
-from .rewards.clip import (AESTHETIC, CLIPSCORE, HPS, IMAGEREWARD, PICKSCORE,
-                                    AestheticReward, CLIPReward, ImageReward, letterbox, squash)
+from .rewards.clip import AESTHETIC, AestheticReward, CLIPReward, CLIPSCORE, HPS, PICKSCORE
+from .rewards.imagereward import IMAGEREWARD, ImageReward
+from .rewards.loading import letterbox, squash
 from .rewards.internvideo2 import internvideo2_full
-from .rewards.names import (FACTS, kind_of_reward, options_of, parse_reward,
-                                    reward_named)
+from .rewards.names import FACTS, kind_of_reward, options_of, parse_reward, reward_named
 from .rewards.viclip import viclip_full
 from .rewards.videoprism import checkpointing, videoprism_full
+from .solver import TeacherAnswer
 from .student import Student
-from .teachers.base import Teacher, check_size, check_whole
+from .teachers.base import Teacher
+from .teachers.loading import check_size, check_whole
 from .teachers.folders import DEFAULTS, Defaults, defaults_of, load_teacher
 from .memory import SAVINGS, save_memory
 from .meter import Meter
 from .optimizer import OPTIMIZERS
 from .teachers.videocrafter2 import vc2_scheduler
 from .teachers.wan import WanTeacher, flow_scheduler, guided_wan
+
 
 # %% ../nbs/35_plan.ipynb #08613452
 class NoWords:
@@ -211,7 +210,7 @@ def metered(model:Distillation, # on any device
     known = [*model.parameters(), *model.buffers(), d.noise, d.index, d.w, ctx, null]
     with Meter(dev.type, known) as m, _fused(dev), replaced.object(model, "phase", m.phase):
         like = lambda: torch.rand_like(d.noise)
-        pair = Pair(like(), d.index, like(), like()) if cached == "pairs" else None
+        pair = TeacherAnswer(like(), d.index, like(), like()) if cached == "pairs" else None
         if cached: z0 = None if pair else like()
         else:
             clips = torch.rand(batch, *teacher.video_shape, device=dev)

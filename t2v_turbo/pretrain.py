@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .core import clips_of, frames_of, make_gen
 from .files import UserError, atomic
-from .evaluate import Judge
+from .judges import Judge
 from .rewards.tiny import REWARD_KINDS, TinyReward
 from .teachers.base import Teacher
 from .teachers.tiny import (TinyVideoDenoiser, load_teacher, save_teacher, tiny_scheduler,

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAYED', 'KINDS', 'QUESTIONS', 'COLUMNS', 'Pair', 'find_pairs', 'make_page', 'Ratings', 'read_ratings', 'win_rates',
-           'agreement', 'consistency', 'position_bias', 'prompts_needed', 'rate_report', 'print_report', 'rate_plot',
-           'trials', 'RateWidget']
+           'agreement', 'consistency', 'position_bias', 'rate_report', 'print_report', 'rate_plot']
 
 # %% ../nbs/44_rate.ipynb #648b9532
 import base64
@@ -14,19 +13,20 @@ import hashlib
 import io
 import json
 import math
+import numpy as np
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-
-import numpy as np
-from fastcore.basics import patch
 from scipy import stats
-
 from .files import UserError, atomic
-from .data import find_clips, open_video, probe, read_table
+from .stats import krippendorff, share_interval, wilson
+from .templates import pieces
+from .data.tables import find_clips, read_table
+from .data.videos import open_video, probe
+
+
 
 # %% ../nbs/44_rate.ipynb #6da8887e
 PLAYED = {"h264", "vp8", "vp9", "av1"}                  # codecs that browsers play
@@ -95,227 +95,6 @@ QUESTIONS = {"appeal": "Which video is more visually appealing?",
              "preference": "Which video do you prefer given the prompt?"}  # section 4.2
 COLUMNS = ("study", "rater", "pair", "question", "rep", "left", "choice", "seconds")
 
-_STYLE = """
-:root { color-scheme: light dark; --bg: #fff; --fg: #222; --dim: #666; --key: #eee; --go: #0a6 }
-@media (prefers-color-scheme: dark) {
-  :root { --bg: #16181b; --fg: #e4e4e4; --dim: #9a9a9a; --key: #33373c; --go: #3c9 } }
-* { box-sizing: border-box } [hidden] { display: none !important }
-body { margin: 0 auto; max-width: 62rem; padding: .8rem; background: var(--bg); color: var(--fg);
-  font: 1rem/1.45 system-ui, sans-serif }
-h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; text-align: center; min-height: 1.5em }
-#caption { text-align: center; min-height: 3em; unicode-bidi: isolate; overflow-wrap: anywhere }
-#videos, #choices { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem }
-#choices { position: sticky; bottom: 0; padding: .4rem 0; background: var(--bg) }
-#videos video { width: 100%; max-height: 50vh; background: #000; border-radius: 6px }
-#choices [data-choice="0"] { grid-column: 1 / 3 }
-button { font: inherit; min-height: 3rem; padding: .4rem .8rem; border: 1px solid var(--dim);
-  border-radius: 8px; background: var(--key); color: inherit; cursor: pointer;
-  touch-action: manipulation }
-button:focus-visible { outline: 3px solid var(--go) }
-kbd { font-weight: bold; margin-right: .4em }
-#track { height: .4rem; border-radius: .2rem; background: var(--key) }
-#bar { height: 100%; width: 0; border-radius: inherit; background: var(--go) }
-.dim, #at { color: var(--dim); font-size: .85rem }
-.row { display: flex; gap: .6rem; flex-wrap: wrap }
-input, textarea { font: inherit; width: 100%; padding: .4rem } textarea { height: 8rem }
-@media (max-width: 40rem) { #videos, #choices { gap: .3rem } }
-@media (max-height: 30rem) {                 /* a phone on its side */
-  #caption { min-height: 0; margin: .2rem } h2 { margin: .2rem } #videos video { max-height: 42vh }
-  #choices { grid-template-columns: 1fr 1fr 1fr } #choices [data-choice="0"] { grid-column: 3 } }
-"""
-
-# %% ../nbs/44_rate.ipynb #9fb3a799
-_BODY = """
-<section id="start"><h1>Which video is better?</h1>
-<p>You will see two short videos of the same text, side by side, and answer three questions. Answer
-with the buttons or with the keys <kbd>1</kbd> left, <kbd>2</kbd> right, <kbd>0</kbd> no preference.
-There is no right answer; look at both at least once.</p>
-<p id="much" class="dim"></p>
-<p><label>Your name or number, if you were given one
-<input id="name" maxlength="20" autocomplete="off"></label></p>
-<button id="go">Start</button>
-<p class="dim">Answers stay in this browser until you hand over the file you download at the
-end. You can close the page and go on later on the same device.</p>
-<p id="nostore" class="dim" hidden>This browser keeps nothing between visits: finish in one go, or
-download what you have before you leave.</p></section>
-
-<section id="trial" hidden><div id="track"><div id="bar"></div></div><div id="at"></div>
-<p id="caption"></p>
-<div id="videos"><video id="v1" muted loop playsinline></video>
-<video id="v2" muted loop playsinline></video></div>
-<p id="broken" hidden>A video cannot be played here: please answer 0.</p>
-<h2 id="question" aria-live="polite"></h2>
-<div id="choices"><button data-choice="1"><kbd>1</kbd>left</button>
-<button data-choice="2"><kbd>2</kbd>right</button>
-<button data-choice="0"><kbd>0</kbd>no preference</button></div>
-<p class="row"><button id="back">back</button><button id="some">download so far</button></p>
-</section>
-
-<section id="end" hidden><h1>Thank you</h1><p id="done"></p>
-<p class="row"><button id="csv">Download CSV</button><button id="json">Download JSON</button></p>
-<p class="dim">If downloads do not work on this device, copy this text instead:</p>
-<textarea id="text" readonly></textarea>
-<p class="row"><button id="undo">back</button>
-<button id="next">Another person rates here</button></p>
-</section>"""
-
-# %% ../nbs/44_rate.ipynb #b4a384bc
-_ORDER_JS = r"""
-"use strict";
-const $ = id => document.getElementById(id);
-const study = JSON.parse($("study").textContent), questions = Object.entries(study.questions);
-const place = `t2v-turbo-rate ${study.id} ${study.part}`;
-
-function dice(text) {                       // repeatable numbers in [0,1): FNV-1a, then xorshift
-  let h = 2166136261;
-  for (const c of text) h = Math.imul(h ^ c.codePointAt(0), 16777619);
-  const roll = () => {
-    h ^= h << 13; h ^= h >>> 17; h ^= h << 5;
-    return (h >>> 0) / 4294967296;
-  };
-  h = h || 1;
-  for (let i = 0; i < 20; i++) roll();
-  return roll;
-}
-
-function trials(rater) {                    // [{pair, rep, left}], the same for the same rater
-  const roll = dice(place + rater), n = study.pairs.length, half = Math.ceil(n / 2);
-  const shuffle = x => {
-    for (let i = x.length - 1; i > 0; i--) {
-      const j = Math.floor(roll() * (i + 1));
-      [x[i], x[j]] = [x[j], x[i]];
-    }
-    return x;
-  };
-  const sides = shuffle(study.pairs.map((_, i) => "ab"[i % 2]));
-  const list = shuffle([...study.pairs.keys()]).map((pair, i) => ({pair, rep: 0, left: sides[i]}));
-  for (const t of shuffle(list.slice(0, half)).slice(0, study.repeats))
-    list.splice(half + Math.floor(roll() * (list.length + 1 - half)), 0,
-                {pair: t.pair, rep: 1, left: t.left === "a" ? "b" : "a"});
-  return list;
-}
-"""
-
-# %% ../nbs/44_rate.ipynb #7f35ae7b
-_STATE_JS = r"""
-let state = {rater: "", answers: []}, list = [], since = 0, shown = -1;
-
-function save() {
-  try { localStorage.setItem(place, JSON.stringify(state)); return true; }
-  catch { $("nostore").hidden = false; return false; }
-}
-function restore() {
-  try {
-    const s = JSON.parse(localStorage.getItem(place));
-    if (/^[\w-]{1,40}$/.test(s.rater) && Array.isArray(s.answers)
-        && s.answers.every(a => "012".includes(a[0]) && a[0] !== "" && a[1] >= 0)) state = s;
-  } catch { /* nothing there, or not ours */ }
-}
-function newRater() {
-  const hex = [...crypto.getRandomValues(new Uint8Array(4))]
-    .map(b => b.toString(16).padStart(2, "0")).join("");
-  const name = $("name").value.normalize("NFKD").replace(/[^A-Za-z0-9]+/g, "");
-  state = {rater: name ? `${name}-${hex}` : hex, answers: []};
-}
-function rows() {
-  return state.answers.map(([choice, seconds], i) => {
-    const t = list[Math.floor(i / questions.length)], q = questions[i % questions.length][0];
-    return {study: study.id, rater: state.rater, pair: study.pairs[t.pair].id, question: q,
-            rep: t.rep, left: t.left, choice: Number(choice), seconds};
-  });
-}
-const csvText = () => [study.columns.join(","),
-  ...rows().map(r => study.columns.map(c => r[c]).join(","))].join("\n") + "\n";
-function download(kind) {
-  const text = kind === "csv" ? csvText() : JSON.stringify(rows(), null, 1);
-  const a = document.createElement("a");
-  a.href = URL.createObjectURL(new Blob([text], {type: kind === "csv" ? "text/csv"
-                                                                      : "application/json"}));
-  a.download = `ratings-${study.id}-${state.rater}.${kind}`;
-  a.click();
-  setTimeout(() => URL.revokeObjectURL(a.href), 10000);
-}
-"""
-
-# %% ../nbs/44_rate.ipynb #14df1b2e
-_SHOW_JS = r"""
-function load(video, id) {                  // from the data URI in the page to a video
-  const [head, body] = $(id).textContent.split(",");
-  const bytes = Uint8Array.from(atob(body.trim()), c => c.charCodeAt(0));
-  if (video.src) URL.revokeObjectURL(video.src);
-  const ready = new Promise(ok => { video.onloadeddata = ok; });
-  video.src = URL.createObjectURL(new Blob([bytes], {type: head.slice(5, head.indexOf(";"))}));
-  return ready;
-}
-const both = f => [$("v1"), $("v2")].forEach(f);
-function play() { both(v => { v.currentTime = 0; v.play().catch(() => {}); }); }
-function showPair(i) {
-  const t = list[i], other = t.left === "a" ? "b" : "a";
-  $("broken").hidden = true;
-  $("caption").textContent = study.pairs[t.pair].caption;
-  Promise.all([load($("v1"), t.left + t.pair), load($("v2"), other + t.pair)]).then(play);
-  shown = i;
-}
-function show() {
-  const n = state.answers.length, q = n % questions.length, i = Math.floor(n / questions.length);
-  const over = i >= list.length;
-  $("start").hidden = true; $("trial").hidden = over; $("end").hidden = !over;
-  $("bar").style.width = `${100 * n / (list.length * questions.length)}%`;
-  if (over) {
-    both(v => v.pause()); shown = -1;
-    $("done").textContent = `${n} answers by ${state.rater}. Download the file and hand it over.`;
-    $("text").value = csvText();
-    return;
-  }
-  if (i !== shown) showPair(i);
-  $("at").textContent = `pair ${i + 1} of ${list.length}, question ${q + 1} of ${questions.length}`;
-  $("question").textContent = questions[q][1];
-  $("back").disabled = n === 0;
-  since = performance.now();
-}
-"""
-
-# %% ../nbs/44_rate.ipynb #8e4ce58b
-_EVENTS_JS = r"""
-function answer(choice) {
-  if ($("trial").hidden) return;
-  state.answers.push([choice, Math.round((performance.now() - since) / 100) / 10]);
-  save(); show();
-}
-function back() { if (state.answers.length) { state.answers.pop(); save(); show(); } }
-function begin() {
-  if (!state.rater) newRater();
-  list = trials(state.rater);
-  state.answers = state.answers.slice(0, list.length * questions.length);
-  save(); show();
-}
-document.querySelectorAll("[data-choice]").forEach(b => {
-  b.onclick = () => { b.blur(); answer(b.dataset.choice); };
-});
-document.onkeydown = e => {
-  if (e.repeat || e.ctrlKey || e.metaKey || e.altKey || e.target.matches("input, textarea")) return;
-  if ("012".includes(e.key)) answer(e.key);
-  else if (e.key === "Backspace" || e.key === "ArrowLeft") back();
-};
-both(v => { v.onerror = () => { if (v.src) $("broken").hidden = false; }; v.onclick = play; });
-$("go").onclick = begin; $("back").onclick = $("undo").onclick = back;
-$("csv").onclick = $("some").onclick = () => download("csv");
-$("json").onclick = () => download("json");
-$("next").onclick = () => {
-  if (!confirm("Has the file been downloaded? The answers on this device will be removed.")) return;
-  state = {rater: "", answers: []}; save(); $("name").value = "";
-  $("name").parentElement.hidden = false; $("go").textContent = "Start";
-  $("end").hidden = true; $("start").hidden = false;
-};
-restore();
-const many = study.pairs.length + study.repeats;
-$("much").textContent = `${many} pairs of videos, three questions each.`;
-if (state.rater) {
-  $("name").parentElement.hidden = true;
-  $("go").textContent = `Go on as ${state.rater} (${state.answers.length} answers so far)`;
-}
-"""
-
 # %% ../nbs/44_rate.ipynb #bae37889
 def _study_id(pairs):
     h = hashlib.sha256()
@@ -330,18 +109,9 @@ def _page(pairs, study, part, repeats):
     "The whole html of one part of a study, piece by piece"
     info = dict(id=study, part=part, questions=QUESTIONS, repeats=repeats, columns=COLUMNS,
                 pairs=[dict(id=p.id, caption=p.caption) for p in pairs])
-    policy = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-              "media-src blob: data:")
-    yield ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-           f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-           '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-           f"<title>Which video is better?</title><style>{_STYLE}</style></head><body>{_BODY}\n")
-    text = json.dumps(info).replace("<", "\\u003c")
-    yield f'<script type="application/json" id="study">{text}</script>\n'
-    for i, p in enumerate(pairs):
-        for side, path in (("a", p.a), ("b", p.b)):
-            yield f'<script type="text/plain" id="{side}{i}">{_uri(path)}</script>\n'
-    yield f"<script>{_ORDER_JS}{_STATE_JS}{_SHOW_JS}{_EVENTS_JS}</script></body></html>\n"
+    videos = ((f"{side}{i}", _uri(path)) for i, p in enumerate(pairs)
+              for side, path in (("a", p.a), ("b", p.b)))
+    return pieces("rate.html", study=info, videos=videos)
 
 # %% ../nbs/44_rate.ipynb #f0394f15
 def make_page(pairs:list,       # `Pair`s
@@ -430,7 +200,7 @@ def _rows(files):
 
 # %% ../nbs/44_rate.ipynb #45496c0a
 def read_ratings(files,    # paths of csv or json files
-                 pages=(), # html files of the study; with them unknown pairs are told
+                 pages=(), # html files of the study; with them unknown pairs are dropped
                 )->Ratings:
     "Read ratings, and name and drop what does not belong to the study"
     rows, dropped = _rows([files] if isinstance(files, (str, Path)) else files)
@@ -460,20 +230,6 @@ def _first(votes, question):
 
 def _prompt(vote): return vote["pair"].split(".")[0]
 
-def _wilson(k, n):
-    if not n: return None
-    ci = stats.binomtest(k, n).proportion_ci(method="wilson")
-    return float(ci.low), float(ci.high)
-
-def _over_prompts(won, n, draws, seed):
-    "Interval of sum(won) / sum(n) when prompts are drawn again"
-    keep = n > 0
-    won, n = won[keep], n[keep]
-    if len(n) < 2: return None
-    again = np.random.default_rng(seed).integers(len(n), size=(draws, len(n)))
-    low, high = np.quantile(won[again].sum(1) / n[again].sum(1), [.025, .975])
-    return float(low), float(high)
-
 def win_rates(votes:list,     # of `Ratings`
               draws:int=2000, # of the bootstrap
               seed:int=0,     # of the draws
@@ -489,20 +245,11 @@ def win_rates(votes:list,     # of `Ratings`
             if v["winner"] != "tie": table[names[_prompt(v)], "ab".index(v["winner"])] += 1
         n = count["a"] + count["b"]
         out[q] = dict(a=count["a"], b=count["b"], tie=count["tie"],
-                      rate=count["a"] / n if n else None, wilson=_wilson(count["a"], n),
-                      prompts=_over_prompts(table[:, 0], table.sum(1), draws, seed))
+                      rate=count["a"] / n if n else None, wilson=wilson(count["a"], n),
+                      prompts=share_interval(table[:, 0], table.sum(1), draws, seed))
     return out
 
 # %% ../nbs/44_rate.ipynb #0625c7cf
-def _alpha(counts):
-    "Krippendorff's nominal alpha of counts (units values); `None` without two raters of a unit"
-    c = np.array([u for u in counts if sum(u) > 1], dtype=float)
-    if not c.size: return None
-    n, total = c.sum(1), c.sum()
-    observed = ((n**2 - (c**2).sum(1)) / (n - 1)).sum() / total
-    chance = (total**2 - (c.sum(0)**2).sum()) / (total * (total - 1))
-    return float(1 - observed / chance) if chance else 1.
-
 def agreement(votes:list, # of `Ratings`
              )->dict:     # question: alpha in (-1, 1], `None` without two raters of a pair
     "Krippendorff's alpha over pairs, with the values a, b and tie"
@@ -510,7 +257,7 @@ def agreement(votes:list, # of `Ratings`
     for q in QUESTIONS:
         units = {}
         for v in _first(votes, q): units.setdefault(v["pair"], Counter())[v["winner"]] += 1
-        out[q] = _alpha([[u[w] for w in ("a", "b", "tie")] for u in units.values()])
+        out[q] = krippendorff([[u[w] for w in ("a", "b", "tie")] for u in units.values()])
     return out
 
 def consistency(votes:list, # of `Ratings`
@@ -521,7 +268,7 @@ def consistency(votes:list, # of `Ratings`
     for q in QUESTIONS:
         same = [w == seen[r, p, k, "0"] for (r, p, k, rep), w in seen.items()
                 if k == q and rep == "1" and (r, p, k, "0") in seen]
-        out[q] = dict(same=sum(same), shown=len(same), wilson=_wilson(sum(same), len(same)))
+        out[q] = dict(same=sum(same), shown=len(same), wilson=wilson(sum(same), len(same)))
     return out
 
 # %% ../nbs/44_rate.ipynb #4dd88982
@@ -534,26 +281,6 @@ def position_bias(votes:list, # of `Ratings`
         k, n = sides.count("1"), len(sides)
         out[q] = dict(left=k, votes=n, p=float(stats.binomtest(k, n).pvalue) if n else None)
     return out
-
-# %% ../nbs/44_rate.ipynb #37bcdbd5
-def prompts_needed(d:float,        # difference to be seen; for win rates the distance from 0.5
-                   sd:float=.5,    # standard deviation over prompts; a vote has 0.5 at most
-                   power:float=.8, # chance to see it
-                   alpha:float=.05, # chance to see a difference where there is none
-                  )->int:          # prompts
-    "How many prompts a two-sided paired t-test needs"
-    if not (d and sd > 0 and 0 < alpha < power < 1): raise UserError(
-        f"d {d}, sd {sd}, alpha {alpha}, power {power}: give d other than 0, sd above 0 and "
-        "0 < alpha < power < 1")
-    def seen(n):
-        edge, shift = stats.t.isf(alpha / 2, n - 1), abs(d) / sd * n**.5
-        return stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift)
-    low, high = 1, 2
-    while seen(high) < power: low, high = high, 2 * high
-    while high - low > 1:
-        mid = (low + high) // 2
-        low, high = (low, mid) if seen(mid) >= power else (mid, high)
-    return high
 
 # %% ../nbs/44_rate.ipynb #281e195e
 def rate_report(files,    # csv or json files of raters
@@ -610,81 +337,3 @@ def rate_plot(report:dict, # from `rate_report`
     for ax in (votes, rate): ax.spines[["top", "right"]].set_visible(False)
     plt.close(fig)
     return fig
-
-# %% ../nbs/44_rate.ipynb #ee5ad6ac
-def trials(pairs:list,       # `Pair`s
-           rater:str,        # who will see them
-           repeats:float=.1, # share that comes twice
-          )->list:           # (pair, rep, left), the same for the same rater
-    "Pairs in random order, half with A on the left, some a second time with sides exchanged"
-    rng, n = random.Random(f"{rater}/{'/'.join(p.id for p in pairs)}"), len(pairs)
-    sides = rng.sample([("a", "b")[i % 2] for i in range(n)], n)
-    out = [(p, 0, s) for p, s in zip(rng.sample(pairs, n), sides)]
-    half = math.ceil(n / 2)
-    for p, _, s in rng.sample(out[:half], min(math.ceil(repeats * n), n // 2)):
-        out.insert(rng.randint(half, len(out)), (p, 1, "ba"["ab".index(s)]))
-    return out
-
-def _widget_html(trial):
-    "Caption and two videos of a trial"
-    pair, _, left = trial
-    video = lambda p: (f'<video src="{_uri(p)}" muted loop autoplay playsinline '
-                       'style="width:48%;margin:1%"></video>')
-    both = [pair.a, pair.b] if left == "a" else [pair.b, pair.a]
-    return f"<p>{escape(pair.caption)}</p>" + "".join(map(video, both))
-
-# %% ../nbs/44_rate.ipynb #2968d356
-class RateWidget:
-    "The three questions in a notebook"
-    def __init__(self,
-                 pairs:list,       # `Pair`s
-                 out,              # csv file of the answers
-                 rater:str="me",   # letters, digits, - and _
-                 repeats:float=.1, # share of the pairs that come twice
-                ):
-        from ipywidgets import HTML, Button, HBox, VBox
-        if not re.fullmatch(_RULES["rater"], rater): raise UserError(
-            f"rater {rater!r}: use up to 40 letters, digits, - and _")
-        self.out, self.rater, self.study = Path(out), rater, _study_id(pairs)
-        self.trials, self.rows, self.shown = trials(pairs, rater, repeats), [], None
-        if self.out.is_file():
-            self.rows = [v for v in read_ratings(self.out).votes if v["rater"] == rater]
-            if any(v["study"] != self.study for v in self.rows): raise UserError(
-                f"{self.out} holds ratings of other videos: give another file")
-        self.videos, self.question = HTML(), HTML()
-        self.buttons = [Button(description=t) for t in ("1 left", "0 no preference", "2 right")]
-        for b in self.buttons: b.on_click(lambda b: self.answer(b.description[0]))
-        self.box = VBox([self.videos, self.question, HBox(self.buttons)])
-        self.show()
-
-    def _ipython_display_(self):
-        from IPython.display import display
-        display(self.box)
-
-# %% ../nbs/44_rate.ipynb #964cfd98
-@patch
-def show(self:RateWidget)->None:
-    "The next question"
-    i, q = divmod(len(self.rows), len(QUESTIONS))
-    if i >= len(self.trials):
-        self.videos.value, self.question.value = "", f"Done: {escape(str(self.out))}"
-        for b in self.buttons: b.disabled = True
-        return
-    if i != self.shown: self.videos.value, self.shown = _widget_html(self.trials[i]), i
-    self.question.value = (f"<b>{list(QUESTIONS.values())[q]}</b> "
-                           f"(pair {i + 1} of {len(self.trials)})")
-
-@patch
-def answer(self:RateWidget,
-           choice:str, # 1 left, 2 right, 0 no preference
-          )->None:
-    "Note an answer and go on"
-    i, q = divmod(len(self.rows), len(QUESTIONS))
-    if i >= len(self.trials): return
-    pair, rep, left = self.trials[i]
-    self.rows.append(dict(study=self.study, rater=self.rater, pair=pair.id, rep=rep, left=left,
-                          question=list(QUESTIONS)[q], choice=choice, seconds=0))
-    with atomic(self.out) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        table.writeheader(); table.writerows(self.rows)
-    self.show()

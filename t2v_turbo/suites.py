@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from .files import UserError, at_least, atomic, is_rubbish, write_json
 from .checkpoints import claim_together
 from .core import make_gen, pick_device, write_video
-from .data import ROWS, probe
+from .data.tables import ROWS
+from .data.videos import probe
 from .pipeline import T2VTurboPipeline, sample_teacher
 from .teachers.base import Teacher
 from .teachers.folders import defaults_of

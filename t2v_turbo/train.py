@@ -20,22 +20,24 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .caches import TextCache, open_cache, open_texts, prompts_of
 from .checkpoints import CannotSave, Checkpoints, Stopped, stop_signals
 from .config import (FORMAT, Config, check_format, check_rewards, lr_at, other_settings,
                               saved_settings, warn_of_words)
 from .core import step_gen
+from .data.cache import TextCache, open_cache, open_texts
+from .data.recipes import prompts_of
+from .data.sources import Prefetch, open_source
 from .distill import Distillation, Objective, StepOut, draw
 from .engines import choose_engine
 from .files import UserError, atomic, write_json
+from .identity import differing, reward_identity, same_teacher, teacher_identity
 from .memory import save_memory, savings_of
 from .meter import peak_gb
 from .optimizer import compile_denoiser
 from .rewards.names import options_of, parse_reward, rewards_from
 from .rewards.tiny import TinyReward
-from .streams import Prefetch, open_source
-from .student import Student, sampling_of
-from .teachers.base import differing, same_teacher, weights_ids
+from .saved import sampling_of, save_student, student_tensors
+from .student import Student
 from .teachers.folders import load_teacher
 
 # %% ../nbs/33_train.ipynb #f4322f9e
@@ -65,13 +67,13 @@ class Trainer:
         self.store = Checkpoints(cfg.out, cfg.keep, cfg.keep_every)
         teacher = self._teacher()
         with self.together(): self.source = self._source(teacher)
-        self.identity, self.before = dict(teacher=teacher.identity()), [] # clips left out so far
+        self.identity, self.before = dict(teacher=teacher_identity(teacher)), [] # clips left out so far
         self.contexts = self._contexts(teacher)
         self.student = Student(teacher, cfg.rank, cfg.seed)
         self.student.sampling = sampling_of(cfg.objective, teacher)
         self.model = self._model(image_reward, video_reward)
         for n, reward in (("image", self.model.image_reward), ("video", self.model.video_reward)):
-            self.identity[f"{n} reward"] = _identity_of(reward)
+            self.identity[f"{n} reward"] = reward_identity(reward)
         _lighten(teacher, cfg)
         self.engine.prepare(self.model, cfg.lr, cfg.ema)
 
@@ -126,12 +128,6 @@ def _contexts(self:Trainer, teacher):
     return contexts
 
 # %% ../nbs/33_train.ipynb #43e763c2
-def _identity_of(reward):
-    "What a checkpoint notes of a reward; a function has no weights to be known by"
-    if hasattr(reward, "identity"): return reward.identity()
-    held = isinstance(reward, nn.Module) and any(True for _ in reward.parameters())
-    return dict(weights=weights_ids(reward)) if held else {}
-
 def _lighten(teacher, cfg):
     "Switch on what saves memory and time"
     if saved := savings_of(cfg.save_memory):
@@ -190,7 +186,7 @@ def _model(self:Trainer, image_reward, video_reward):
 # %% ../nbs/33_train.ipynb #964cfd98
 @patch
 def terms(self:Trainer,
-          x,             # clips `(b 3 t h w)`, latents `(b c t h w)` or a `Pair`, by the source
+          x,             # clips `(b 3 t h w)`, latents `(b c t h w)` or a `TeacherAnswer`
           prompts:list,  # captions, `list[str]`, length b
           d,             # their `Draw`
          )->StepOut:     # per clip, with gradient
@@ -266,12 +262,12 @@ def state(self:Trainer)->dict:
 @patch
 def save(self:Trainer):
     "Write a checkpoint and, for everybody else, `student/`; a collective: call it on every process"
-    state, tensors, why = self.state(), self.student.tensors(), None
+    state, tensors, why = self.state(), student_tensors(self.student), None
     about = dict(step=self.step, config=asdict(self.cfg))
     if self.accelerator.is_main_process:
         try:
             self.store.save(self.step, state)
-            self.student.save(Path(self.cfg.out) / "student", about, tensors)
+            save_student(self.student, Path(self.cfg.out) / "student", about, tensors)
             if gone := state["left_out"]: write_json(
                 Path(self.cfg.out) / "left_out.json", [dict(name=n, why=w) for n, w in gone])
         except CannotSave as e: why = str(e)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUALITY', 'SEMANTIC', 'DIMENSIONS', 'TOTALS', 'normalise', 'aggregate', 'Row', 'read_rows', 'published', 'Finding',
-           'check_rows', 'vbench_check', 'Result', 'read_results', 'intervals', 'compare', 'score_table', 'dot_plot',
-           'radar']
+           'check_rows', 'vbench_check', 'Result', 'read_results', 'intervals', 'compare', 'score_table']
 
 # %% ../nbs/42_vbench.ipynb #06cb86a3
 import csv
@@ -17,9 +16,9 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from .files import UserError, is_rubbish
+from .stats import interval, redraw
 
 # %% ../nbs/42_vbench.ipynb #09d0aa79
 QUALITY = {  # dimension: lowest, highest, weight; constants of Vchitect/VBench, scripts/constant.py
@@ -282,15 +281,16 @@ def _covered(result, zero_missing):
                                  "*_eval_results.json that VBench wrote, with video_results")
     return have, zero
 
-def _drawn(result, have, zero, prompts, draw):
+def _drawn(result, have, zero, prompts, draws):
     "Scores of drawn prompts: dimension to array over draws, Total and blocks where covered"
     out = {d: 0. for d in zero}
     for d, videos in have.items():
-        names, at = prompts[d]
+        names, group = prompts[d]
+        at = draws[group]
         n = np.array([len(videos[p]) for p in names], dtype=float)
         s = np.array([sum(videos[p]) for p in names])
         k = result.scores[d] * n.sum() / s.sum() if s.sum() else 0.
-        out[d] = k * s[draw[at]].sum(-1) / n[draw[at]].sum(-1)
+        out[d] = k * s[at].sum(-1) / n[at].sum(-1)
     if out.keys() == DIMENSIONS.keys(): return _totals(out) | out
     for name, block in (("quality", QUALITY), ("semantic", SEMANTIC)):
         if block.keys() <= out.keys(): out = {name: 100 * _block(out, block)} | out
@@ -304,17 +304,14 @@ def _bootstrap(results, combine, draws, seed, zero_missing):
     groups = sorted(set(sets))                       # each set of prompts is drawn once
     prompts = {d: (s, groups.index(s)) for d, s in zip(parts[0][0], sets)}
     percent = lambda got: {k: v if k in TOTALS else 100 * v for k, v in got.items()}
-    def statistic(*draw, axis=-1):
-        each = [_drawn(r, h, z, prompts, draw) for r, (h, z) in zip(results, parts)]
-        got = combine(*map(percent, each))
-        statistic.names = list(got)
-        shape = draw[0].shape[:-1]
-        return np.stack([np.broadcast_to(v, shape) for v in got.values()])
-    samples = [np.arange(len(g)) for g in groups]
-    ci = stats.bootstrap(samples, statistic, n_resamples=draws, batch=500, vectorized=True,
-                         method="percentile", rng=np.random.default_rng(seed)).confidence_interval
-    value = statistic(*samples)
-    return {n: tuple(map(float, t)) for n, *t in zip(statistic.names, value, ci.low, ci.high)}
+    def scores(*at):
+        got = combine(*(percent(_drawn(r, h, z, prompts, at)) for r, (h, z) in zip(results, parts)))
+        return {k: np.broadcast_to(v, len(at[0])) for k, v in got.items()}
+    sizes = [len(g) for g in groups]
+    found = scores(*(np.arange(n)[None] for n in sizes))
+    ends = interval(redraw(sizes, lambda *at: np.stack(list(scores(*at).values())), draws, seed))
+    return {k: (float(v[0]), float(low), float(high)) for (k, v), low, high
+            in zip(found.items(), *ends)}
 
 def intervals(result:Result,  # with scores of single videos
               draws:int=2000, # how often the prompts are drawn again
@@ -360,44 +357,3 @@ def score_table(rows:list,  # published `Row`s
     clean = lambda s: s.replace("|", "\\|")
     return "\n".join(["| model | Total | Quality | Semantic |", "| --- | ---: | ---: | ---: |"] + [
         f"| {clean(n)} | " + " | ".join(cell(g.get(t)) for t in TOTALS) + " |" for n, g in lines])
-
-# %% ../nbs/42_vbench.ipynb #92b58407
-def dot_plot(rows:list,   # published `Row`s
-             own:dict={}, # name: what `intervals` or `aggregate` returned
-            ):            # a matplotlib `Figure`
-    "The three scores of all models, own results with their intervals"
-    import matplotlib.pyplot as plt
-    lines = [(r.model, _totals(r.scores), "tab:gray") for r in rows]
-    lines += [(n, got, "tab:red") for n, got in own.items()]
-    point = lambda got, t: np.atleast_1d(got.get(t, np.nan))[0]
-    lines.sort(key=lambda l: point(l[1], "total"))
-    fig = plt.figure(figsize=(8, 1 + .2 * len(lines)), layout="constrained")
-    for ax, t in zip(fig.subplots(1, 3, sharey=True), TOTALS):
-        for y, (_, got, colour) in enumerate(lines):
-            ax.plot(point(got, t), y, "o", ms=5, color=colour)
-            if isinstance(got.get(t), tuple): ax.plot(got[t][1:], [y, y], lw=2, color=colour)
-        ax.set(title=t.capitalize(), yticks=range(len(lines)))
-        ax.set_yticklabels([n for n, *_ in lines], fontsize=8)
-        ax.grid(axis="x", lw=.4); ax.spines[["top", "right"]].set_visible(False)
-    plt.close(fig)
-    return fig
-
-# %% ../nbs/42_vbench.ipynb #257f3a4c
-def radar(scores:dict, # name: {dimension: score in [0,1]}
-         ):            # a matplotlib `Figure`
-    "Normalised dimensions of a few models around a circle"
-    import matplotlib.pyplot as plt
-    at = np.linspace(0, 2 * np.pi, len(DIMENSIONS), endpoint=False)
-    fig = plt.figure(figsize=(6, 5.5), layout="constrained")
-    ax = fig.add_subplot(projection="polar")
-    for name, s in scores.items():
-        s = _complete(s, False, name)
-        y = [normalise(d, s[d]) for d in DIMENSIONS]
-        ax.plot([*at, at[0]], [*y, y[0]], lw=1.5, label=name)
-    ax.set_ylim(0, 1); ax.set_xticks(at)
-    ax.set_xticklabels([d.replace("_", "\n") for d in DIMENSIONS], fontsize=7)
-    ax.tick_params(axis="y", labelsize=6); ax.tick_params(axis="x", pad=10)
-    ax.set_rlabel_position(11)
-    fig.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    plt.close(fig)
-    return fig

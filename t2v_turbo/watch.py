@@ -27,15 +27,16 @@ from tqdm.auto import tqdm
 from .files import UserError, at_least, atomic
 from .checkpoints import CannotSave
 from .core import step_gen, strip
-from .data import read_prompts
+from .data.tables import read_prompts
 from .distill import video_frames_of
-from .evaluate import (high_frequency, judge, judge_score, load_judges, motion_amount,
-                                saturation)
+from .judges import (high_frequency, judge, judge_score, load_judges, motion_amount,
+                              saturation)
 from .pipeline import sample_student
 from .rewards.base import per_frame
 from .rewards.names import FACTS, options_of, parse_reward, reward_named
 from .rewards.tiny import load_reward
-from .student import Student, load_student
+from .saved import load_student, save_student, student_tensors
+from .student import Student
 from .teachers.tiny import WEIGHTS
 from .train import Config, Trainer
 from .world import caption, combos
@@ -309,9 +310,9 @@ def keep_best(trainer:Trainer, # of a run that `watch` stopped
     last = trainer.step
     trainer.restore(trainer.store.load(step))
     about = dict(step=step, best_step=step, stopped_at=last, config=asdict(trainer.cfg))
-    tensors, why = trainer.student.tensors(), None
+    tensors, why = student_tensors(trainer.student), None
     if main:
-        try: trainer.student.save(folder, about, tensors)
+        try: save_student(trainer.student, folder, about, tensors)
         except (OSError, SafetensorError) as e: why = (
             f"the student of step {step} cannot be written to {str(folder)!r} "
             f"({getattr(e, 'strerror', e)}): make room and run again; the checkpoint is there")

@@ -1,11 +1,17 @@
-"Settings for every test: no model hub, calm threads, no display."
+"""Settings for every test: no model hub, one calm thread a worker, no display; which tests the fast suite has.
+
+`pytest` leaves out the tests that tests/durations.txt lists with more than `SLOW` seconds; `pytest --full` runs all, and so does
+`pytest FILE`. tools/durations.py writes the list from the log of a full run.
+"""
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")               # workers share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -19,10 +25,37 @@ test_who_is_compared_is_where_the_student_is test_within_a_fifth_of_what_a_proce
 MORE = """test_a_fault_of_one_process_of_two""".split()
 
 
-def pytest_collection_modifyitems(items):
+SLOW = 6.                                                   # seconds on two cores
+DURATIONS = Path(__file__).parent / "durations.txt"
+
+
+def durations(path=DURATIONS):
+    "`{test: seconds}` of the last full run that was recorded; tests of less than a second are not listed"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {name: float(seconds) for seconds, name in (line.split(" ", 1) for line in lines)}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the slow tests too (tests/durations.txt); implied where files are named")
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"): return               # a worker is given the options of its controller
+    if config.args_source is not config.ArgsSource.TESTPATHS: config.option.full = True
+    elif config.option.full: config.option.durations, config.option.durations_min = 0, 1.
+
+
+def pytest_collection_modifyitems(config, items):
+    taken, of_file = durations(), {}
     for item in items:
         mine, name = item.path.stem.removeprefix("test_") in CORE, getattr(item, "originalname", item.name)
         if mine and name not in LONG or name in MORE: item.add_marker(pytest.mark.core)
+        if taken.get(item.nodeid, 0) <= SLOW: item.add_marker(pytest.mark.fast)
+    slow = [] if config.option.full else [i for i in items if taken.get(i.nodeid, 0) > SLOW]
+    items[:] = [i for i in items if i not in slow]
+    config.hook.pytest_deselected(items=slow)
+    for i in items: of_file[i.path] = of_file.get(i.path, 0) + taken.get(i.nodeid, .05)
+    items.sort(key=lambda i: -of_file[i.path])              # a long file that comes last keeps one core idle
 
 
 @pytest.fixture(scope="session")

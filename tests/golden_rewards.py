@@ -3,9 +3,10 @@ import torch
 import torch.nn.functional as F
 from golden_files import close, near, read
 from transformers import CLIPTokenizer
-from t2v_turbo.rewards import clip, internvideo2 as iv2, viclip
+from t2v_turbo import standins
+from t2v_turbo.rewards import clip, internvideo2 as iv2, loading, viclip
 from t2v_turbo.teachers.base import tokenize
-from t2v_turbo.teachers.videocrafter2 import clip_tokenizer, read_merges
+from t2v_turbo.text import clip_tokenizer, read_merges
 
 
 def cosine(v, u): return F.normalize(v, dim=-1) @ F.normalize(u, dim=-1).T
@@ -40,7 +41,7 @@ def hps_parts(path):
         act = 'quick_gelu' if meta['config'].get('quick_gelu') else 'gelu'
         net = clip.open_clip_model(state, 'HPSv2', head=v.get('head_width', 64),
                                    text_heads=t['heads'], act=act)
-        rm = clip.CLIPReward(clip.HPS, net, Ids(d['text.input_ids']), clip.letterbox)
+        rm = clip.CLIPReward(clip.HPS, net, Ids(d['text.input_ids']), loading.letterbox)
         assert rm.facts.size == v['image_size']
         return rm.frozen(torch.float32)
 
@@ -108,7 +109,7 @@ def internvideo2_vision_parts(path):
     runs = sorted({k.partition('.')[0] for k in d if k.endswith('normalized_frames')})
     trained = round((state[vision + 'pos_embed'].shape[1] - 1)
                     / (state[vision + 'img_pos_embed'].shape[1] - 1))
-    words = {k: v for k, v in iv2.tiny_internvideo2().items() if k.startswith('text_')}
+    words = {k: v for k, v in standins.tiny_internvideo2().items() if k.startswith('text_')}
     words |= {'text_proj.weight': torch.zeros(len(state['vision_proj.weight']), 32),
               'text_proj.bias': torch.zeros(len(state['vision_proj.weight']))}
 
@@ -131,7 +132,7 @@ def internvideo2_text_parts(path):
     "BERT's first state after the fusion layer, and the projected features"
     d, state, meta = read(path, 'checkpoint.')
     cfg = meta['config']
-    eyes = {k: v for k, v in iv2.tiny_internvideo2().items() if k.startswith('vision_')}
+    eyes = {k: v for k, v in standins.tiny_internvideo2().items() if k.startswith('vision_')}
     dim = len(state['text_proj.weight'])
     eyes |= {'vision_proj.weight': torch.zeros(dim, 24), 'vision_proj.bias': torch.zeros(dim)}
 

@@ -13,6 +13,7 @@ from t2v_turbo.schedule import Schedule, vp_abar
 from t2v_turbo.solver import DDIM, guided_step
 from t2v_turbo.teachers import published as pub
 from t2v_turbo.teachers import videocrafter2 as vc2
+from t2v_turbo.text import clip_tokenizer, read_merges
 
 
 def lora_of(meta, unet, base):
@@ -162,8 +163,8 @@ def vc2_text_parts(path):
 
     def token_ids(clip_vocabulary, tmp_path):
         words, length = len(state['token_embedding.weight']), d['io.input_ids'].shape[1]
-        merges = vc2.read_merges(clip_vocabulary)
-        vc2.clip_tokenizer(merges, words, length).save_pretrained(tmp_path)
+        merges = read_merges(clip_vocabulary)
+        clip_tokenizer(merges, words, length).save_pretrained(tmp_path)
         tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
         ids = tokenizer(meta['prompts'], padding='max_length', truncation=True, return_tensors='pt')
         assert torch.equal(ids.input_ids, d['io.input_ids'])

@@ -162,7 +162,7 @@ def with_old_tokenizer(folder):
 
 
 def modelscope(folder):
-    from t2v_turbo.teachers.folders import tiny_modelscope
+    from t2v_turbo.standins import tiny_modelscope
     tiny_modelscope(folder)
     in_all_formats(folder)
     with_old_tokenizer(folder/"tokenizer")
@@ -174,7 +174,8 @@ def modelscope(folder):
 
 def wan(folder):
     "Wan's layout: one precision, the transformer in shards with an index"
-    from t2v_turbo.teachers.wan import save_wan, tiny_wan
+    from t2v_turbo.standins import tiny_wan
+    from t2v_turbo.teachers.wan import save_wan
     from diffusers import WanTransformer3DModel
     save_wan(tiny_wan(), folder)
     (folder/"teacher.json").rename(folder/"teacher.json.was")       # ours; the published folder has none
@@ -200,8 +201,8 @@ def lora_list(folder, base="ms", seed=0):
 
 def clip_folder(folder, halves=False):
     "A CLIP in transformers' format, with the files of other frameworks beside"
-    from t2v_turbo.rewards.clip import tiny_clip
-    from t2v_turbo.teachers.videocrafter2 import clip_tokenizer
+    from t2v_turbo.standins import tiny_clip
+    from t2v_turbo.text import clip_tokenizer
     tiny_clip(words=514).save_pretrained(folder)
     clip_tokenizer([], 514).save_pretrained(folder)
     in_all_formats(folder, halves)
@@ -212,7 +213,8 @@ def hps(path):
     "HPSv2.1's file: heads of 80 and 64 channels, half precision, nested"
     import torch
     from transformers import CLIPConfig, CLIPModel
-    from t2v_turbo.rewards.clip import open_clip_table, published
+    from t2v_turbo.rewards.clip import open_clip_table
+    from t2v_turbo.weights import published
     torch.manual_seed(0)
     each = dict(num_hidden_layers=2, intermediate_size=64, num_attention_heads=2, hidden_act="gelu")
     net = CLIPModel(CLIPConfig(
@@ -225,9 +227,9 @@ def hps(path):
 def repositories(folder):
     "All of them; returns `folder`"
     import torch
-    from t2v_turbo.rewards.clip import tiny_imagereward
-    from t2v_turbo.rewards.viclip import tiny_viclip
-    from t2v_turbo.teachers.videocrafter2 import tiny_videocrafter2
+    from t2v_turbo.standins import tiny_imagereward
+    from t2v_turbo.standins import tiny_viclip
+    from t2v_turbo.standins import tiny_videocrafter2
     folder = Path(folder)
     modelscope(folder/"ali-vilab/text-to-video-ms-1.7b")
     wan(folder/"Wan-AI/Wan2.1-T2V-1.3B-Diffusers")

@@ -5,9 +5,10 @@ from functools import partial
 import torch
 import transformers
 from torch import nn
+from t2v_turbo import standins, weights
 from t2v_turbo.core import make_gen
-from t2v_turbo.rewards import clip, internvideo2 as iv2, tiny, videoprism as prism, viclip
-from t2v_turbo.teachers.videocrafter2 import clip_tokenizer
+from t2v_turbo.rewards import clip, imagereward as ir, internvideo2 as iv2, loading, tiny, videoprism as prism, viclip
+from t2v_turbo.text import clip_tokenizer
 
 MERGES = [("p", "a"), ("pa", "n"), ("d", "a</w>"), ("pan", "da</w>"), ("a", "n"), ("r", "e")]
 WORDS = "a red panda dog blue cat".split()
@@ -31,35 +32,35 @@ class Prism(Bert):
 
 
 def clip_reward(fit): return lambda: clip.CLIPReward(
-    clip.HPS, clip.tiny_clip(), clip_tokenizer(MERGES, 520), getattr(clip, fit))
+    clip.HPS, standins.tiny_clip(), clip_tokenizer(MERGES, 520), getattr(clip, fit))
 
 
 def aesthetic():
     torch.manual_seed(3)
-    return clip.AestheticReward(clip.AESTHETIC, clip.tiny_clip(), nn.Linear(24, 1))
+    return clip.AestheticReward(clip.AESTHETIC, standins.tiny_clip(), nn.Linear(24, 1))
 
 
 def imagereward():
     "Built from its published layout, as the loader does"
-    state = clip.tiny_imagereward()
-    net = clip.ImageReward(clip.IMAGEREWARD, *clip.imagereward_sizes(state, 2), Bert())
-    net.head = clip.linear_head({k[4:]: state.pop(k) for k in list(state) if k[:4] == "mlp."}, "x")
+    state = standins.tiny_imagereward()
+    net = ir.ImageReward(ir.IMAGEREWARD, *ir.imagereward_sizes(state, 2), Bert())
+    net.head = loading.linear_head({k[4:]: state.pop(k) for k in list(state) if k[:4] == "mlp."}, "x")
     own = {f"head.{k}": v for k, v in net.head.state_dict().items()}
-    table = clip.imagereward_table(net) | {k: [k] for k in own}
-    return clip.fill(net, clip.convert(state | own, table, net, "ImageReward"))
+    table = ir.imagereward_table(net) | {k: [k] for k in own}
+    return weights.fill(net, weights.convert(state | own, table, net, "ImageReward"))
 
 
 def viclip_reward(): return viclip.viclip_model(
-    viclip.tiny_viclip(), tokenizer=clip_tokenizer(MERGES, 520, 32), heads=(2, 2))
+    standins.tiny_viclip(), tokenizer=clip_tokenizer(MERGES, 520, 32), heads=(2, 2))
 
 
-def internvideo2(): return iv2.internvideo2_model(iv2.tiny_internvideo2(), tokenizer=Bert(), **iv2.TINY)
+def internvideo2(): return iv2.internvideo2_model(standins.tiny_internvideo2(), tokenizer=Bert(), **standins.TINY)
 
 
 
 
 def videoprism(save_memory=False):
-    return prism.VideoPrism(prism.PRISM_L, prism.tiny_videoprism(), Prism(), save_memory)
+    return prism.VideoPrism(prism.PRISM_L, standins.tiny_videoprism(), Prism(), save_memory)
 
 
 IMAGE = dict(hpsv2=clip_reward("letterbox"), clipscore=clip_reward("squash"),

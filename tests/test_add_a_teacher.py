@@ -14,10 +14,10 @@ from transformers import T5Config, T5EncoderModel
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.pipeline import T2VTurboPipeline
+from t2v_turbo.standins import letter_tokenizer
 from t2v_turbo.teachers import folders, tiny
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.folders import load_teacher, teacher_class
-from t2v_turbo.teachers.wan import tiny_tokenizer
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs/tutorials/add_a_teacher.ipynb"
 CELLS = ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text())["cells"] if c["cell_type"] == "code"]

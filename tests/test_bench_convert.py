@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import UNet3DConditionModel
 
-from t2v_turbo.teachers.videocrafter2 import (convert_videocrafter2, text_table, tiny_videocrafter2, unet_table, vae_table,
-                                              vc2_sizes)
+from t2v_turbo.standins import tiny_videocrafter2, vc2_shapes, vc2_sizes
+from t2v_turbo.teachers.videocrafter2 import PREFIXES, convert_videocrafter2
 
 PATH = next(p/'bench/convert.py' for p in Path(__file__).resolve().parents if (p/'bench/convert.py').is_file())
 spec = importlib.util.spec_from_file_location('bench_convert', PATH)
@@ -56,7 +56,6 @@ def test_stopped_half_way(name, code, tmp_path, monkeypatch):
 
 
 def test_full_size_is_the_published_one():
-    sizes = vc2_sizes()
-    tables = unet_table(sizes['unet'], ['fps_embedding.']), vae_table(sizes['vae'], {}), text_table(sizes['text_encoder'], {})
-    unet, vae, text = (sum(math.prod(shape) for _, shape in t.values())/1e6 for t in tables)
+    shapes = vc2_shapes(vc2_sizes())
+    unet, vae, text = (sum(math.prod(s) for k, s in shapes.items() if k.startswith(PREFIXES[p]))/1e6 for p in ('unet', 'vae', 'text_encoder'))
     assert 1411 < unet < 1415 and 83.6 < vae < 83.7 and 352 < text < 354

@@ -3,37 +3,40 @@ import json
 import math
 import os
 import pickle
+import pytest
 import resource
 import shutil
 import signal
 import sys
 import time
+import torch
 from dataclasses import replace
 from multiprocessing import get_context
-
-import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from t2v_turbo import caches
-from t2v_turbo.caches import (Pair, Pairs, ask, build_cache, cache_bytes, data_id, dice, from_v, key_of,
-                              make_batch, open_cache, read_about, shard_path, teacher_id, to_v)
+from t2v_turbo.solver import DDIM, TeacherAnswer, ask, ddim_sample, from_v, guided_step, to_v
 from t2v_turbo.core import make_gen, step_gen, write_video
 from t2v_turbo.files import UserError
-from t2v_turbo.data import ClipFolder
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.rewards.tiny import load_reward
-from t2v_turbo.solver import DDIM, ddim_sample, guided_step
-from t2v_turbo.streams import Prompts
 from t2v_turbo.student import Student
-from t2v_turbo.teachers.folders import ScaledSchedule, load_teacher, tiny_modelscope
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
+from t2v_turbo.teachers.folders import ScaledSchedule, load_teacher
 from t2v_turbo.teachers.videocrafter2 import x0_scale
-from t2v_turbo.teachers.wan import tiny_wan
 from t2v_turbo.world import World
+from t2v_turbo.data import build as building, cache_files, recipes
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import open_cache
+from t2v_turbo.data.cache_files import cache_bytes, claim_folder, key_of, read_about, shard_path
+from t2v_turbo.data.recipes import (Latents, Pair, Pairs, ask, data_id, dice, from_v, make_batch,
+                                    teacher_id, to_v)
+from t2v_turbo.data.clips import ClipFolder
+from t2v_turbo.data.sources import Prompts
+
 
 SMALL = dict(batch=2, shard=1, progress=False)              # shards of two samples
 PROCESSES = get_context('forkserver')                 # forked from a process that has imported everything
-PROCESSES.set_forkserver_preload(['t2v_turbo.caches', 't2v_turbo.distill', 't2v_turbo.rewards.tiny'])
+PROCESSES.set_forkserver_preload(['t2v_turbo.data.build', 't2v_turbo.distill', 't2v_turbo.rewards.tiny'])
 PAIRS = dict(kind='pairs', source=World(), samples=7, seed=3, dtype='float32', **SMALL)
 @pytest.fixture(scope='module', autouse=True)
 def one_thread(): # sums are added in the same order, as in `build`
@@ -76,7 +79,7 @@ def kill(*args): os.kill(os.getpid(), signal.SIGKILL)
 def build(folder, rank=0, n=1, when=None):
     "Build PAIRS; SIGKILL ends it at a chosen moment: by name, or after so many calls of functions"
     torch.set_num_threads(1)
-    teacher, ask, save, asked, saved = load_teacher('tiny'), caches.ask, caches.save_file, [], []
+    teacher, ask, save, asked, saved = load_teacher('tiny'), recipes.ask, cache_files.save_file, [], []
 
     def ask_or_die(*args):                            # in the second shard, while the teacher is asked
         asked.append(1)
@@ -86,9 +89,9 @@ def build(folder, rank=0, n=1, when=None):
         save(tensors, path, head); saved.append(1)
         if len(saved) == 3: os.truncate(path, os.path.getsize(path)//2); kill()
 
-    if when == 'network': caches.ask = ask_or_die
-    if when == 'writing': caches.save_file = save_or_die
-    if when == 'merging': caches.merge_manifest = kill
+    if when == 'network': recipes.ask = ask_or_die
+    if when == 'writing': cache_files.save_file = save_or_die
+    if when == 'merging': building.merge_manifest = kill
     if isinstance(when, int): sys.setprofile(calls(when, kill))
     build_cache(teacher=teacher, folder=folder, **PAIRS, rank=rank, num_processes=n)
     sys.setprofile(None)
@@ -174,7 +177,7 @@ def test_half_precision_answers_exactly_where_it_stands(teacher, dtype, unit):
     dtype = getattr(torch, dtype)
     got, captions = make_batch(Pairs(World()), teacher, 0, 4, dtype)
     assert {v.dtype for n, v in got.items() if n != 'index'} == {dtype}
-    stored = Pair(**{n: v if n == 'index' else v.float() for n, v in got.items()})
+    stored = TeacherAnswer(**{n: v if n == 'index' else v.float() for n, v in got.items()})
     ddim = DDIM(teacher.schedule, 50)
     with torch.no_grad(): true = ask(ddim, teacher.denoise, stored.zt, stored.index, teacher.encode_text(captions),
                                      teacher.encode_text(['']))
@@ -219,16 +222,16 @@ def test_what_does_not_fit_half_precision_is_named(teacher, monkeypatch):
     real = type(teacher).encode
     monkeypatch.setattr(type(teacher), 'encode', lambda self, x, gen=None: real(self, x)*1e6)
     with pytest.raises(UserError, match='z0 of step 0 is not finite as float16: store bfloat16 or float32'):
-        make_batch(caches.Latents(World()), teacher, 0, 1)
-    make_batch(caches.Latents(World()), teacher, 0, 1, torch.bfloat16)
+        make_batch(Latents(World()), teacher, 0, 1)
+    make_batch(Latents(World()), teacher, 0, 1, torch.bfloat16)
     monkeypatch.setattr(type(teacher), 'encode', lambda self, x, gen=None: real(self, x)*float('nan'))
     with pytest.raises(UserError, match='the teacher or the data are broken there'):
-        make_batch(caches.Latents(World()), teacher, 0, 1, torch.float32)
+        make_batch(Latents(World()), teacher, 0, 1, torch.float32)
 
 
 def test_small_pieces_give_the_same(teacher, monkeypatch):
-    ask, seen = caches.ask, []
-    monkeypatch.setattr(caches, 'ask', lambda ddim, denoise, zt, *a: seen.append(len(zt)) or ask(ddim, denoise, zt, *a))
+    ask, seen = recipes.ask, []
+    monkeypatch.setattr(recipes, 'ask', lambda ddim, denoise, zt, *a: seen.append(len(zt)) or ask(ddim, denoise, zt, *a))
     a, b = (make_batch(Pairs(World()), teacher, 1, 3, torch.float32, n) for n in (0, 2))
     assert seen == [3, 2, 1]
     torch.testing.assert_close(a[0], b[0], atol=1e-5, rtol=1e-4)
@@ -288,7 +291,7 @@ def test_processes_side_by_side_are_bit_identical(whole, tmp_path):
 def test_nothing_is_made_twice_and_old_rubbish_goes(pairs, teacher, monkeypatch):
     (pairs/'.tmp-old').mkdir(); (pairs/'.tmp-new').mkdir()
     os.utime(pairs/'.tmp-old', (time.time() - 7200,)*2)
-    monkeypatch.setattr(caches, 'make_shard', lambda *a: pytest.fail('a shard was made again'))
+    monkeypatch.setattr(building, 'make_shard', lambda *a: pytest.fail('a shard was made again'))
     build_cache(teacher=teacher, folder=pairs, **PAIRS)
     assert [p.name for p in pairs.glob('.tmp-*')] == ['.tmp-new'] # a build on another machine may be at work there
 
@@ -316,7 +319,7 @@ def test_a_full_disk(teacher, tmp_path, monkeypatch):
     assert list(files(tmp_path/'z')) == ['cache.json'] and not list((tmp_path/'z').glob('.tmp-*'))
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: full)
-    monkeypatch.setattr(caches, 'make_shard', lambda *a: pytest.fail('nothing should be computed'))
+    monkeypatch.setattr(building, 'make_shard', lambda *a: pytest.fail('nothing should be computed'))
     with pytest.raises(UserError, match='are free: give another folder'): build_cache(**how)
 
 
@@ -529,12 +532,12 @@ def test_folders_that_hold_something_else(teacher, tmp_path):
 
 def test_two_that_start_one_cache(whole, tmp_path, monkeypatch):
     "One writes the index while the other looks around in the folder: it is not taken for a stranger's"
-    about, look, folder = caches.read_about(whole), type(tmp_path).iterdir, tmp_path/'c'
+    about, look, folder = read_about(whole), type(tmp_path).iterdir, tmp_path/'c'
     folder.mkdir()
     def late(self):
         (self/'cache.json').write_bytes((whole/'cache.json').read_bytes())
         return look(self)
     monkeypatch.setattr(type(tmp_path), 'iterdir', late)
-    assert caches.claim_folder(folder, about) == folder
+    assert claim_folder(folder, about) == folder
     monkeypatch.undo(); (folder/'cache.json').rename(folder/'other.txt')
-    with pytest.raises(UserError, match='holds other files'): caches.claim_folder(folder, about)
+    with pytest.raises(UserError, match='holds other files'): claim_folder(folder, about)

@@ -16,14 +16,16 @@ from safetensors.torch import load_file
 from t2v_turbo import cli
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen, write_video
-from t2v_turbo.evaluate import Sampler, evaluate, load_judges
+from t2v_turbo.evaluate import Sampler, evaluate
+from t2v_turbo.judges import load_judges
 from t2v_turbo.pipeline import sample_teacher
-from t2v_turbo.student import Student, load_student
+from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.student import Student
 from t2v_turbo.teachers import folders
-from t2v_turbo.teachers.folders import load_teacher as load_any, tiny_modelscope
+from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2
+from t2v_turbo.teachers.folders import load_teacher as load_any
 from t2v_turbo.teachers.published import layer_shapes, load_unet, with_w_projection
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
-from t2v_turbo.teachers.videocrafter2 import tiny_videocrafter2
 from t2v_turbo.checkpoints import claim
 from t2v_turbo.watch import WatchOptions
 from t2v_turbo.world import caption, combos
@@ -93,7 +95,7 @@ def test_student_of_another_teacher(capsys, tmp_path):
     other = load_teacher("tiny")
     with torch.no_grad(): other.denoiser.proj_out.weight.mul_(2)
     save_teacher(other, tmp_path / "teacher")
-    student = load_student(WEIGHTS / "tiny-cd"); student.save(tmp_path / "student")
+    student = load_student(WEIGHTS / "tiny-cd"); save_student(student, tmp_path / "student")
     meta = tmp_path / "student" / "student.json"
     meta.write_text(meta.read_text().replace('"tiny"', f'"{tmp_path / "teacher"}"', 1))
     assert "belongs to another teacher" in refused(capsys, "evaluate", "--student", tmp_path / "student")
@@ -102,7 +104,7 @@ def test_student_of_another_teacher(capsys, tmp_path):
 def test_evaluate_loads_the_teacher_of_the_student(tmp_path):
     "Its row is that of `tiny-flow`, and not that of `tiny`"
     flow, rows = load_any("tiny-flow"), tmp_path / "rows.json"
-    Student(flow, 2).save(tmp_path / "student")
+    save_student(Student(flow, 2), tmp_path / "student")
     assert main(["evaluate", "--student", str(tmp_path / "student"), "--steps", "1", "--repeats", "1", "--out", str(rows)]) == 0
     got, judges, prompts = json.loads(rows.read_text())[0], load_judges(), [caption(*a) for a in combos("heldout").tolist()]
     row = lambda t: evaluate(Sampler("teacher", 1, 2, lambda p, seed: sample_teacher(t, p, make_gen(seed), 1, 2.)), prompts, judges, repeats=1)

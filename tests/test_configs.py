@@ -1,27 +1,30 @@
 "The files of configs/: read by accelerate, started for real on CPU processes, and all of them train the same student"
+import cpu_fsdp
 import json
 import os
+import pytest
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-import pytest
 import torch
 import yaml
+from pathlib import Path
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from safetensors.torch import load_file
-
-import t2v_turbo.streams as streams
 from launching import ENV, ROOT, SMALL, coded, finish, launch, put, said
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen
-from t2v_turbo.data import read_clip
+from test_streams import blotted, real
+from torch import distributed as dist
+from t2v_turbo.saved import whole
 from t2v_turbo.train import Config, Objective, Trainer
-from test_streams import blotted, real  # noqa: F401 (a fixture)
+from t2v_turbo.data.shards import Shards
+from t2v_turbo.data.videos import read_clip
+
+
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
 RUN = [*SMALL, "--ema", ".9", "--accumulate", "2", "--seed", "2"]
@@ -132,7 +135,7 @@ def test_corrupt_members_are_reported_by_the_process_that_did_not_read_them(ddp,
     assert [Path(g["name"]).name for g in gone] == ["mute", "text", "torn.mp4"]
     last = ddp[1].strip().splitlines()[-2]
     assert last.startswith(f"3 clips were left out, as {ddp[0]}/left_out.json lists: ") and all(g["why"] in last for g in gone)
-    source = streams.Shards(tars, 8, (32, 32), 8, seed=2)
+    source = Shards(tars, 8, (32, 32), 8, seed=2)
     torn = [i for i in range(len(source)) if "torn" in source.name(i)]
     who = [k for step in range(4) for k in range(2) if {i for _, i in source.picks(step, 4, slice(2*k, 2*k + 2))} & set(torn)]
     assert who == [1], "the main process reads it itself: give the data another order"
@@ -195,12 +198,7 @@ def test_fsdp2_trains_the_same_student_and_resumes(tmp_path, ddp, one, tars):
 
 
 NAN = """
-import os, sys
 sys.path.insert(0, sys.argv.pop(1))
-import cpu_fsdp, torch
-from torch import distributed as dist
-from t2v_turbo.student import whole
-from t2v_turbo.train import Config, Objective, Trainer
 calls = 0
 def reward(frames, prompts):
     "NaN in step 2, for one clip of process 1"

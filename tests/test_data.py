@@ -13,7 +13,11 @@ import torch
 
 from t2v_turbo.core import make_gen, write_video
 from t2v_turbo.files import UserError
-from t2v_turbo.data import ClipFolder, find_clips, fit, nearest, order, probe, read_clip, read_prompts
+from t2v_turbo.data import videos
+from t2v_turbo.data.clips import ClipFolder
+from t2v_turbo.data.deal import order
+from t2v_turbo.data.tables import find_clips, read_prompts
+from t2v_turbo.data.videos import fit, nearest, probe, read_clip
 from t2v_turbo.world import World, caption, render
 
 close = torch.testing.assert_close
@@ -78,11 +82,10 @@ def test_right_frames_in_every_container(tmp_path, name):
 
 def test_only_what_is_needed_is_decoded(tmp_path, monkeypatch):
     path = counter(tmp_path / "long.mp4", "libx264", n=400, options={"g": "20"})
-    import t2v_turbo.data as data
-    count, stream = [], data._stream
+    count, stream = [], videos._stream
     def counted(*args):
         for pair in stream(*args): count.append(pair[0]); yield pair
-    monkeypatch.setattr(data, "_stream", counted)
+    monkeypatch.setattr(videos, "_stream", counted)
     for seed in range(3):
         count.clear(); read_clip(path, 8, (16, 16), 8, make_gen(seed))
         assert len(count) <= 20 + 16 + 1                      # a group of pictures and one second

@@ -1,15 +1,13 @@
 "A teacher brings its own settings, a student its own sampling; commands and Python agree"
 import ast
 import json
+import pytest
 import re
+import t2v_turbo
+import torch
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-
-import pytest
-import torch
-
-import t2v_turbo
 from t2v_turbo import cli, config, train
 from t2v_turbo.cli import main
 from t2v_turbo.core import write_video
@@ -18,10 +16,14 @@ from t2v_turbo.distill import Objective
 from t2v_turbo.student import Student
 from t2v_turbo.suites import by_teacher
 from t2v_turbo.teachers import folders
-from t2v_turbo.teachers.folders import DEFAULTS, Defaults, defaults_of, in_tiny_world, load_teacher, tiny_modelscope
-from t2v_turbo.teachers.wan import save_wan, tiny_wan
+from t2v_turbo.teachers.folders import DEFAULTS, Defaults, defaults_of, in_tiny_world, load_teacher
+from t2v_turbo.teachers.wan import save_wan
 from t2v_turbo.config import check_rewards, lr_at, objective_of
 from t2v_turbo.train import Config, Trainer
+from t2v_turbo.saved import save_student
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
+
+
 
 BRINGS = [f.name for f in fields(Objective) if f.name in {f.name for f in fields(Defaults)}]
 
@@ -146,13 +148,13 @@ def test_the_precision_of_the_device(monkeypatch):
 
 def test_one_guidance_for_a_teacher(at, monkeypatch):
     "The table of a run, the videos of a suite and the latents of a cache take the same number"
-    from t2v_turbo import caches, suites
+    from t2v_turbo import suites
     seen = []
     monkeypatch.setattr(suites, "sample_teacher", lambda t, prompts, gen, steps, w: seen.append(w) or torch.zeros(1))
     for who in ("tiny", "tiny-flow", name(at, "ms"), name(at, "wan")): by_teacher(load_teacher(who))(["a"], [0])
     assert seen == [2., 2., 7.5, 5.]
     made = {}
-    monkeypatch.setattr(caches, "build_cache", lambda *a, **how: made.update(how))
+    monkeypatch.setattr("t2v_turbo.data.build.build_cache", lambda *a, **how: made.update(how))
     assert main(["cache", "samples", "c", "--teacher", name(at, "ms"), "--data", ""]) == 0 and made["w"] == 7.5
     assert main(["cache", "samples", "c", "--teacher", name(at, "ms"), "--w", "3", "--verify", "1", "--dtype_of_teacher", "bfloat16"]) == 0
     assert made["w"] == 3. and made["verify"] is True
@@ -166,7 +168,7 @@ def test_a_student_is_sampled_as_it_was_trained():
 
 
 def test_judges_of_the_tiny_world_judge_nobody_else(at, tmp_path, capsys):
-    Student(load_teacher(name(at, "ms"), frames=4), 2).save(tmp_path / "s")
+    save_student(Student(load_teacher(name(at, "ms"), frames=4), 2), tmp_path / "s")
     assert main(["evaluate", "--student", str(tmp_path / "s"), "--steps", "1", "--repeats", "1"]) == 2
     assert "but the judges know the tiny world only" in capsys.readouterr().err
     assert in_tiny_world(str(at / "flow")) and not in_tiny_world(str(at / "wan"))

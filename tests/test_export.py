@@ -14,8 +14,9 @@ from t2v_turbo.files import UserError
 from t2v_turbo.export import export_stock, fold_w
 from t2v_turbo.pipeline import T2VTurboPipeline
 from t2v_turbo.student import Student
-from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
-from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2, tiny_videocrafter2
+from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2
+from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2
 
 
 def near(got, want, rtol=1e-4):

@@ -17,10 +17,12 @@ import torch
 
 import launching
 import t2v_turbo.checkpoints as checkpoints
-from t2v_turbo.caches import build_cache, open_cache
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import open_cache
 from t2v_turbo.checkpoints import Checkpoints, claim, claim_together
 from t2v_turbo.files import UserError, atomic, sweep
-from t2v_turbo.streams import Shards, write_shards
+from t2v_turbo.data.shards import Shards
+from t2v_turbo.data.tars import write_shards
 from t2v_turbo.teachers.tiny import load_teacher, save_teacher
 from t2v_turbo.world import World
 

@@ -243,3 +243,68 @@ def test_public_parameters_are_annotated_or_explained(py):
                 if p.arg not in ("self", "cls") and not p.annotation and not explained:
                     bare.append(f"{n.name}({p.arg})")
     assert not bare, f"{rel(py)}: neither annotation nor comment on {bare}"
+
+
+# --- one way through the house -------------------------------------------------------------------
+
+LONGEST, PARAMETERS = 450, 8                        # lines of a module, parameters of a function
+
+
+def test_the_sidebar_is_in_the_order_of_numbers():
+    yaml = pytest.importorskip("yaml")
+    bar = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    shown = [n for s in bar for n in s["contents"] if re.match(r"\d\d", n)]
+    assert shown == [p.name for p in numbered], "nbs/sidebar.yml does not list the numbered notebooks in their order"
+
+
+@each_module
+def test_module_can_be_read_in_one_sitting(py):
+    lines = len(py.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST, f"{rel(py)} has {lines} lines ({LONGEST} allowed)"
+
+
+@each_module
+def test_functions_have_few_parameters(py):
+    many = []
+    for f in ast.walk(ast.parse(py.read_text(encoding="utf-8"))):
+        if not isinstance(f, ast.FunctionDef): continue
+        names = [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs) if a.arg not in ("self", "cls")]
+        if len(names) > PARAMETERS and f.name != "__call__": many.append(f"{f.name} ({len(names)})")
+    assert not many, f"{rel(py)}: more than {PARAMETERS} parameters: {', '.join(many)}"
+
+
+GLOBAL = {"torch": {"manual_seed", "seed", "rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "rand_like", "randn_like"},
+          "random": {"random", "seed", "shuffle", "choice", "choices", "sample", "randint", "uniform", "gauss"},
+          "np.random": {"seed", "rand", "randn", "randint", "random", "choice", "shuffle", "permutation", "normal", "uniform"}}
+
+
+def uses_the_global_generator(tree):
+    "Calls that read or set a generator that every library shares; those that are given one do not"
+    for n in ast.walk(tree):
+        if not isinstance(n, ast.Call) or not isinstance(n.func, ast.Attribute): continue
+        of = ast.unparse(n.func.value)
+        if n.func.attr in GLOBAL.get(of, ()) and "generator" not in {k.arg for k in n.keywords}: yield f"{n.lineno}: {ast.unparse(n)[:60]}"
+        if n.func.attr in ("normal_", "uniform_", "random_", "bernoulli_") and "generator" not in {k.arg for k in n.keywords}:
+            yield f"{n.lineno}: {ast.unparse(n)[:60]}"
+
+
+@each_module
+def test_no_call_of_a_global_generator(py):
+    found = list(uses_the_global_generator(ast.parse(py.read_text(encoding="utf-8"))))
+    assert not found, f"{rel(py)} draws from a global generator: {found}"
+
+
+@pytest.mark.parametrize("code, found", [("torch.rand(2)", 1), ("torch.rand(2, generator=g)", 0), ("torch.manual_seed(0)", 1),
+                                         ("x.normal_()", 1), ("np.random.default_rng(0).normal()", 0), ("random.Random(0).random()", 0)])
+def test_a_global_draw_is_found(code, found):
+    assert len(list(uses_the_global_generator(ast.parse(code)))) == found
+
+
+def test_train_knows_no_engine():
+    "Its code, without comments and strings that are documentation, names an engine in one function at most: the one that chooses"
+    tree = ast.parse((LIB / "train.py").read_text(encoding="utf-8"))
+    for n in ast.walk(tree):
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Module)) and ast.get_docstring(n): n.body = n.body[1:] or [ast.Pass()]
+    named = {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) if re.search(r"fsdp|deepspeed|zero\d|zero_", ast.unparse(f), flags=re.I)
+             and "zero_grad" not in ast.unparse(f)}
+    assert len(named) <= 1, f"t2v_turbo/train.py names an engine in {sorted(named)}"

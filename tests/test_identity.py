@@ -7,12 +7,15 @@ import warnings
 import pytest
 import torch
 
-from t2v_turbo import caches
-from t2v_turbo.caches import build_cache, open_cache, shard_path, verify_cache
+from t2v_turbo.data import build
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import open_cache
+from t2v_turbo.data.cache_files import shard_path, verify_cache
 from t2v_turbo.core import write_video
 from t2v_turbo.files import UserError
-from t2v_turbo.data import ClipFolder
-from t2v_turbo.streams import Shards, write_shards
+from t2v_turbo.data.clips import ClipFolder
+from t2v_turbo.data.shards import Shards
+from t2v_turbo.data.tars import write_shards
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.world import World
@@ -71,13 +74,13 @@ def test_a_replaced_video_is_noticed_on_build_and_on_open(kind, source, teacher,
 
 def test_a_clip_that_breaks_while_a_cache_is_built(teacher, videos, tmp_path, monkeypatch):
     "The build goes on with a stand-in, and what was made stays"
-    make, made = caches.make_shard, []
+    make, made = build.make_shard, []
     def broken(recipe, teacher, about, s, *rest):
         if s == 1: raise KeyboardInterrupt
         made.append(s); return make(recipe, teacher, about, s, *rest)
-    monkeypatch.setattr(caches, "make_shard", broken)
+    monkeypatch.setattr(build, "make_shard", broken)
     with pytest.raises(KeyboardInterrupt): build_cache("latents", teacher, ClipFolder(videos), tmp_path / "c", **SMALL)
-    monkeypatch.setattr(caches, "make_shard", make)
+    monkeypatch.setattr(build, "make_shard", make)
     head, order = shard_path(tmp_path / "c", 0).read_bytes(), ClipFolder(videos).order(0).tolist()
     (videos / f"{order[3]}.mp4").write_bytes(b"torn")
     with warnings.catch_warnings(record=True) as told:

@@ -1,25 +1,27 @@
 "Checkpointing, precision, optimisers and compilation: the same gradient, the same student, fewer bytes"
 import copy
 import json
-import sys
-
 import pytest
+import sys
 import torch
 from torch.testing import assert_close
-
 from t2v_turbo import train
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
 from t2v_turbo.rewards.names import reward_named
-from t2v_turbo.student import Student, load_student
-from t2v_turbo.teachers.base import same_teacher
-from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
+from t2v_turbo.student import Student
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.memory import save_memory
 from t2v_turbo.meter import Meter
 from t2v_turbo.optimizer import compile_denoiser, make_optimizer
-from t2v_turbo.teachers.wan import load_wan, save_wan, tiny_wan
+from t2v_turbo.teachers.wan import load_wan, save_wan
 from t2v_turbo.train import Config, Trainer
+from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.identity import same_teacher
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
+
+
 
 KINDS = pytest.mark.parametrize("kind", ["unet", "wan", "tiny"])
 
@@ -146,7 +148,7 @@ def test_names_copies_teacher_and_merging(kind, teacher_of, tmp_path):
         assert_close(call(merged), call(plain.merged()), rtol=0, atol=0)
         for p in merged.parameters(): p.zero_()
         assert call(merged).abs().max() == 0 and call(student.teacher.denoiser).abs().max() > 0
-    student.save(tmp_path)
+    save_student(student, tmp_path)
     same(gradient(load_student(tmp_path, teacher_of(kind))), gradient(student))
 
 
@@ -199,11 +201,11 @@ def test_bfloat16_below_float32(kind, teacher_of, tmp_path):
     merged = half.merged()
     bare = {n.replace(".base_layer", "") for n in own}
     assert {p.dtype for n, p in merged.named_parameters() if n not in bare} == {torch.bfloat16}
-    half.save(tmp_path)
+    save_student(half, tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         again = load_student(tmp_path, teacher_of(kind, dtype))
         assert all(torch.equal(p, half.trainable()[n]) for n, p in again.trainable().items())
-    full.save(tmp_path)
+    save_student(full, tmp_path)
     load_student(tmp_path, teacher_of(kind, torch.bfloat16))
     load_student(tmp_path, teacher_of(kind, torch.float16))
 
@@ -211,24 +213,24 @@ def test_bfloat16_below_float32(kind, teacher_of, tmp_path):
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
 def test_another_teacher_is_refused_in_any_precision(saved, loaded, teacher_of, tmp_path):
-    moved(teacher_of("unet", saved)).save(tmp_path)
+    save_student(moved(teacher_of("unet", saved)), tmp_path)
     other = teacher_of("unet", loaded)
     with torch.no_grad(): other.denoiser.conv_out.weight.mul_(1.01)
     with pytest.raises(UserError, match="belongs to another teacher"): load_student(tmp_path, other)
 
 
 def test_a_change_below_bfloat16_is_seen_between_two_in_float32(teacher_of, tmp_path):
-    moved(teacher_of("unet")).save(tmp_path)
+    save_student(moved(teacher_of("unet")), tmp_path)
     other = teacher_of("unet")
     with torch.no_grad(): other.denoiser.conv_out.weight.mul_(1 + 1e-5)
     with pytest.raises(UserError, match="belongs to another teacher"): load_student(tmp_path, other)
 
 
 def test_no_common_precision_and_older_files(teacher_of, tmp_path):
-    moved(teacher_of("unet", torch.bfloat16)).save(tmp_path)
+    save_student(moved(teacher_of("unet", torch.bfloat16)), tmp_path)
     with pytest.raises(UserError, match="is held in float16: load it in float32"):
         load_student(tmp_path, teacher_of("unet", torch.float16))
-    moved(teacher_of("unet")).save(tmp_path)
+    save_student(moved(teacher_of("unet")), tmp_path)
     meta = json.loads((tmp_path/"student.json").read_text())
     meta["fingerprint"] = meta.pop("fingerprints")["float32"]
     (tmp_path/"student.json").write_text(json.dumps(meta))

@@ -12,13 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
-from t2v_turbo.student import read_tensors
+from t2v_turbo.saved import read_tensors
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.published import (COND, FPS, FPS_FILE, convert_lora, convert_merged,
     layer_shapes, load_fps, load_unet, lora_config, lora_order, merge_lora, name_lora, read_lora,
     to_peft, update_of, w_weight, with_w_projection)
-from t2v_turbo.teachers.videocrafter2 import (convert_videocrafter2, fps_bias, set_fps,
-                                              tiny_videocrafter2, unet_from_vc2)
+from t2v_turbo.standins import tiny_videocrafter2
+from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2, fps_bias, set_fps, unet_from_vc2
 
 def files(prefix): return sorted(FOLDER.glob(f'{prefix}_*.safetensors')) if FOLDER.is_dir() else []
 def cases(prefix): return pytest.mark.parametrize('path', files(prefix), ids=lambda p: p.name)

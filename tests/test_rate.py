@@ -2,7 +2,11 @@
 import csv
 import json
 import os
+import re
+import shutil
+import subprocess
 from collections import Counter
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -10,9 +14,8 @@ import torch
 
 from t2v_turbo.core import make_gen, write_video
 from t2v_turbo.files import UserError
-from t2v_turbo.rate import (COLUMNS, QUESTIONS, RateWidget, _alpha, agreement, consistency, find_pairs, make_page,
-                            position_bias, print_report, prompts_needed, rate_plot, rate_report, read_ratings, trials,
-                            win_rates)
+from t2v_turbo.rate import (COLUMNS, QUESTIONS, agreement, consistency, find_pairs, make_page, position_bias, print_report, rate_plot,
+                            rate_report, read_ratings, win_rates)
 
 STUDIES = int(os.environ.get("T2V_TURBO_STUDIES", 1000))     # simulated studies a coverage test asks
 
@@ -118,6 +121,21 @@ def test_page(study, tmp_path):
     assert str(pairs[0].a.parent) not in text                 # nobody can read which model is which
     assert make_page(pairs, tmp_path / "t.html")[0].read_text() == text
     assert make_page(pairs, tmp_path / "u.html", seed=1)[0].read_text() != text
+
+
+def test_the_program_of_the_page_parses():
+    "node reads rate.js as it lies in the package"
+    node = shutil.which("node")
+    if not node: pytest.skip("no node on this machine")
+    path = files("t2v_turbo") / "page" / "rate.js"
+    run = subprocess.run([node, "--check", str(path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_id_that_the_program_uses_is_on_the_page(study):
+    text, script = study[1].read_text(), (files("t2v_turbo") / "page" / "rate.js").read_text()
+    ids = set(re.findall(r'\$\("([a-z0-9]+)"\)', script))
+    assert len(ids) > 15 and not [i for i in ids if f'id="{i}"' not in text]
 
 
 def test_parts(study, tmp_path):
@@ -302,9 +320,6 @@ def test_position_bias_is_found_and_not_invented():
 
 
 def test_agreement():
-    coders = ["1 2 3 3 2 1 4 1 2 . . .", "1 2 3 3 2 2 4 1 2 5 . 3", ". 3 3 3 2 3 4 2 2 5 1 .", "1 2 3 3 2 4 4 1 2 5 1 ."]
-    units = list(zip(*(c.split() for c in coders)))
-    assert _alpha([[u.count(str(v)) for v in range(1, 6)] for u in units]) == pytest.approx(.743, abs=5e-4)
     same = [vote(i, "ab"[i % 2], r) for i in range(6) for r in "xy"]
     assert agreement(same)["appeal"] == 1 and agreement(same)["text"] is None
     assert agreement([vote(i, "a") for i in range(6)])["appeal"] is None            # nobody to agree with
@@ -321,21 +336,6 @@ def test_consistency():
     assert consistency(votes)["text"] == dict(same=0, shown=0, wilson=None)
 
 
-@pytest.mark.parametrize("effect, n", [(.2, 199), (.3, 90), (.5, 34), (.8, 15)])
-def test_prompts_needed_against_the_textbook(effect, n):
-    assert prompts_needed(effect, 1) == prompts_needed(-effect, 1) == n
-
-
-def test_prompts_needed_is_enough():
-    from scipy import stats
-    n, rng = prompts_needed(.1), np.random.default_rng(0)
-    x = (rng.random((4000, n)) < .6) - .5
-    assert abs((stats.ttest_1samp(x, 0, axis=1).pvalue < .05).mean() - .8) < .03
-    assert prompts_needed(.1, power=.9) > n > prompts_needed(.1, alpha=.1) and prompts_needed(3., .01) == 2
-    for bad in (dict(d=0), dict(d=.1, sd=0), dict(d=.1, power=1), dict(d=.1, alpha=0), dict(d=.1, power=.01)):
-        with pytest.raises(UserError): prompts_needed(**bad)
-
-
 # --- report ----------------------------------------------------------------------------------------
 
 def test_report(study, tmp_path, capsys):
@@ -350,39 +350,3 @@ def test_report(study, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "win rate of new over old" in out and "preference: no votes" in out and "\x1b" not in out
     assert len(rate_plot(got).axes) == 2
-
-
-# --- widget ----------------------------------------------------------------------------------------
-
-def test_trials(study):
-    pairs, _ = study
-    many = [p.__class__(f"{i:08x}.{i:08x}", "", p.a, p.b) for i in range(5) for p in pairs[:1]] * 4
-    got = trials(many, "x", .25)
-    first = [(p.id, s) for p, rep, s in got if not rep]
-    assert len(first) == 20 and [s for _, s in first].count("a") == 10 and len(got) == 25
-    assert got == trials(many, "x", .25) != trials(many, "y", .25)
-    again = [t for t in trials(pairs, "x", .5) if t[1]]
-    sides = {p.id: s for p, rep, s in trials(pairs, "x", .5) if not rep}
-    assert len(again) == 2 and all(sides[p.id] != s for p, _, s in again)
-
-
-def test_widget(study, tmp_path):
-    pairs, page = study
-    w = RateWidget(pairs, tmp_path / "me.csv", repeats=.5)
-    assert "&lt;/script&gt;&lt;b&gt;" in "".join(_html(w)) and "<b></p>" not in "".join(_html(w))
-    prefer_a = lambda w: w.buttons[0 if w.trials[len(w.rows) // 3][2] == "a" else 2].click()
-    for _ in range(5): prefer_a(w)
-    w = RateWidget(pairs, tmp_path / "me.csv", repeats=.5)                # goes on
-    assert len(w.rows) == 5 and "pair 2 of 6" in w.question.value
-    while not w.buttons[0].disabled: prefer_a(w)
-    w.answer("1")                                                         # too late
-    got = rate_report(tmp_path / "me.csv", page)
-    assert got["votes"] == 18 and got["dropped"] == []
-    assert all((q["a"], q["b"], q["consistency"]["same"]) == (4, 0, 2) for q in got["questions"].values())
-    with pytest.raises(UserError, match="rater"): RateWidget(pairs, tmp_path / "x.csv", "<b>")
-    with pytest.raises(UserError, match="other videos"): RateWidget(pairs[:2], tmp_path / "me.csv")
-
-
-def _html(w):
-    from t2v_turbo.rate import _widget_html
-    return map(_widget_html, w.trials)

@@ -7,6 +7,7 @@ import reward_checks as rc
 import torch
 from torch import nn
 
+from t2v_turbo import standins, weights
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen, write_video
 from t2v_turbo.files import UserError
@@ -201,8 +202,8 @@ def test_a_gradient_that_is_cut_ends_with_1(as_tiny_image, capsys, monkeypatch):
 def test_own_files_and_weights(tmp_path, capsys, monkeypatch):
     "HPSv2.1's loader with a small file in its layout; random weights may prefer anything, so the code says only that"
     (tmp_path/"m.txt").write_text("#\n" + "\n".join(" ".join(m) for m in rc.MERGES))
-    net = clip.tiny_clip()
-    torch.save(clip.published(net, clip.open_clip_table(net.config)), tmp_path/"hps.pt")
+    net = standins.tiny_clip()
+    torch.save(weights.published(net, clip.open_clip_table(net.config)), tmp_path/"hps.pt")
     load = clip.open_clip_model
     monkeypatch.setattr(clip, "open_clip_model", partial(load, head=16, text_heads=2))
     good, bad = (video(tmp_path/f"{n}.mp4", moments(16)*a) for n, a in (("good", 1.), ("bad", .5)))

@@ -1,20 +1,23 @@
 "Sampling as published, from any folder: timesteps, guidance, the frames that are decoded, precision, memory"
 import json
-
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from t2v_turbo.cli import SampleOptions, run, sample
+from t2v_turbo.cli import run
+from t2v_turbo.using import SampleOptions, sample
 from t2v_turbo.consistency import consistency_fn, few_step_grid, w_embedding
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.pipeline import T2VTurboPipeline
-from t2v_turbo.student import Student, load_student
-from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
+from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.student import Student
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.published import (convert_lora, convert_merged, layer_shapes, load_unet,
                                           with_w_projection)
-from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2, tiny_videocrafter2
+from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2
 from t2v_turbo.train import Config, Trainer
+from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2
+
 
 SMALL = dict(size=(16, 24), frames=3)
 
@@ -80,7 +83,7 @@ def test_adapters_at_another_frame_rate_and_saved_again(at, tmp_path):
     convert_lora(at/'vc2.pt', at/'vc2', tmp_path/'w', fps=8, merged=True)
     student = load_student(tmp_path/'s')
     assert student.teacher.fps == 8
-    student.save(tmp_path/'again')
+    save_student(student, tmp_path/'again')
     a, b = load_student(tmp_path/'again').merged().state_dict(), load_unet(tmp_path/'w').state_dict()
     for k in b: torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=1e-5, msg=k)
 

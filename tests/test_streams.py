@@ -18,13 +18,15 @@ import av
 import pytest
 import torch
 
-import t2v_turbo.streams as streams
 from t2v_turbo.core import make_gen, write_video
 from t2v_turbo.files import UserError
-from t2v_turbo.data import BadClip, Clips, ClipFolder, read_clip
-from t2v_turbo.streams import (Part, Prefetch, Prompts, Shards, Table, expand, find_shards,
-                               grouped_order, open_source, read_index, samples, shard_index,
-                               tar_members, write_shards)
+from t2v_turbo.data import tars as tar_files
+from t2v_turbo.data.clips import ClipFolder, Clips, Table
+from t2v_turbo.data.videos import BadClip, read_clip
+from t2v_turbo.data.shards import Shards, grouped_order
+from t2v_turbo.data.sources import Prefetch, Prompts, open_source
+from t2v_turbo.data.tars import (Part, expand, find_shards, read_index, shard_index, tar_members,
+                                 tar_samples, write_shards)
 from t2v_turbo.world import World
 
 SMALL = dict(frames=8, size=(24, 32), fps=8)
@@ -47,7 +49,7 @@ def cuts(real):
     for i in range(14):
         name = names[i % 3]
         clip = read_clip(real[name], 12, (48, 64), 8, make_gen(i))
-        out[f"{i:03d}"] = streams._coded(clip, 8)[1], f"{name}, piece {i}"
+        out[f"{i:03d}"] = tar_files._coded(clip, 8)[1], f"{name}, piece {i}"
     return out
 
 
@@ -55,7 +57,7 @@ def put(path, members):
     "A tar of (name, bytes)"
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for name, data in members: streams._add(tar, name, data)
+        for name, data in members: tar_files._add(tar, name, data)
     return path
 
 
@@ -147,11 +149,11 @@ def test_write_errors(tmp_path, cuts, real):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, real, monkeypatch):
-    add = streams._add
+    add = tar_files._add
     def full(tar, name, data):
         if name.startswith("00000001"): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
         add(tar, name, data)
-    monkeypatch.setattr(streams, "_add", full)
+    monkeypatch.setattr(tar_files, "_add", full)
     says("No space left on device", "nothing is left", call=lambda: write_shards([(real["bikes"], "a")] * 3, tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
@@ -189,7 +191,7 @@ def test_long_names_folders_and_links(tmp_path, cuts):
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         with tarfile.open(tmp_path / f"{form}.tar", "w", format=form) as tar:
             d = tarfile.TarInfo("a"); d.type = tarfile.DIRTYPE; tar.addfile(d)
-            streams._add(tar, f"{long}.MP4", mp4); streams._add(tar, f"{long}.txt", b"one")
+            tar_files._add(tar, f"{long}.MP4", mp4); tar_files._add(tar, f"{long}.txt", b"one")
             link = tarfile.TarInfo("link.mp4"); link.type, link.linkname = tarfile.LNKTYPE, f"{long}.MP4"; tar.addfile(link)
         index = read_index(tmp_path / f"{form}.tar")
         assert index["fault"] == "" and index["skipped"] == [] and [c[0] for c in index["clips"]] == [f"{long}.mp4"]
@@ -265,7 +267,7 @@ def test_a_folder_that_cannot_be_written(shards):
 
 def test_a_kill_leaves_no_half_index(shards):
     "SIGKILL at many moments; whatever is there afterwards is whole"
-    code = ("import sys, time; from t2v_turbo.streams import shard_index; from pathlib import Path; print('go', flush=True)\n"
+    code = ("import sys, time; from t2v_turbo.data.tars import shard_index; from pathlib import Path; print('go', flush=True)\n"
             "while True:\n  for p in sorted(Path(sys.argv[1]).glob('*.tar')): p.touch(); shard_index(p, check=False)")
     p = subprocess.Popen([sys.executable, "-c", code, str(shards)], stdout=subprocess.PIPE)
     p.stdout.readline()
@@ -280,13 +282,13 @@ def test_a_kill_leaves_no_half_index(shards):
 
 def test_samples_and_captions():
     m = [("a.tar.gz/b.c.MP4", 1, 2), ("a.tar.gz/b.txt", 3, 4), ("c.json", 5, 6), ("._c.mp4", 0, 0), ("README.md", 0, 0)]
-    assert samples(m) == ({"a.tar.gz/b": {".mp4": (1, 2), ".txt": (3, 4)}, "c": {".json": (5, 6)}}, [])
+    assert tar_samples(m) == ({"a.tar.gz/b": {".mp4": (1, 2), ".txt": (3, 4)}, "c": {".json": (5, 6)}}, [])
     more = [("c.1.mp4", 1, 1), ("c.1.txt", 2, 1), ("c.2.mp4", 3, 1), ("c.2.txt", 4, 1)]                # the others keep the first dot
-    assert samples(m[:2] + more)[0] == {"a.tar.gz/b": {".mp4": (1, 2), ".txt": (3, 4)}, "c.1": {".mp4": (1, 1), ".txt": (2, 1)},
+    assert tar_samples(m[:2] + more)[0] == {"a.tar.gz/b": {".mp4": (1, 2), ".txt": (3, 4)}, "c.1": {".mp4": (1, 1), ".txt": (2, 1)},
                                         "c.2": {".mp4": (3, 1), ".txt": (4, 1)}}
     images = [("d.video.mp4", 1, 1), ("d.caption.txt", 2, 1), ("d.0.png", 3, 1), ("d.1.png", 4, 1)]    # no videos, so no samples
-    assert samples(images)[0] == {"d": {".mp4": (1, 1), ".txt": (2, 1)}}
-    says = streams.caption_of
+    assert tar_samples(images)[0] == {"d": {".mp4": (1, 1), ".txt": (2, 1)}}
+    says = tar_files.caption_of
     assert says("\ufeffa\n cat".encode(), ".txt") == "a cat" and says(b'{"prompt": "x", "caption": "y"}', ".json") == "y"
     assert [says(b, ".json") for b in (b'{"words": "x"}', b'"x"', b"\xff", b'{"caption": null}')] == [""] * 4
 
@@ -325,7 +327,7 @@ def test_find_shards(shards):
 @pytest.mark.parametrize("mix", [0, 1, 2, 3, 99])
 def test_an_epoch_holds_every_clip_once(shards, mix, monkeypatch):
     got = Shards(shards, **SMALL, seed=3, mix=mix)
-    monkeypatch.setattr(streams, "read_clip", lambda *args: torch.zeros(1))            # the deal alone
+    monkeypatch.setattr("t2v_turbo.data.shards.read_clip", lambda *args: torch.zeros(1))            # the deal alone
     for size in (1, 3, 4, 14, 20):
         steps = -(-3 * 14 // size)
         seen = [c for step in range(steps) for c in got.batch(step, size)[1]]
@@ -674,7 +676,7 @@ def test_a_reader_that_stops_names_the_file(shards, monkeypatch):
     def oops(part, frames, size, fps, gen, name):
         if name.endswith("007.mp4"): raise ZeroDivisionError("division by zero")
         return torch.zeros(3, 8, 24, 32)
-    monkeypatch.setattr(streams, "read_clip", oops)
+    monkeypatch.setattr("t2v_turbo.data.shards.read_clip", oops)
     with Prefetch(Shards(shards, **SMALL), 5) as p:
         says(f"{shards}/001.tar/007.mp4 stopped the reader (ZeroDivisionError: division by zero)", call=lambda: [next(p) for _ in range(9)])
 
@@ -686,7 +688,7 @@ def test_leaving_early_is_clean():
     next(p); threading.Timer(.05, hold.set).start(); p.close()
     assert not workers() and len(source.began) <= 3                 # what had not begun was dropped
     p.close(); assert list(p) == []
-    code = ("from t2v_turbo.streams import Prefetch; from t2v_turbo.world import World\n"
+    code = ("from t2v_turbo.data.sources import Prefetch; from t2v_turbo.world import World\n"
             "p = Prefetch(World(), 2); next(p); raise SystemExit(3)")                   # without close
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 3
 
@@ -696,6 +698,7 @@ def test_leaving_early_is_clean():
 RUN = r"""
 import hashlib, json, sys, warnings
 import torch, torch.distributed as dist
+from t2v_turbo.data.sources import Prefetch, open_source
 rank, world, file, data, out = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 warnings.simplefilter("ignore")
 dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)

@@ -2,14 +2,13 @@
 import copy
 import json
 import math
+import pytest
 import shutil
 import subprocess
 import sys
+import torch
 from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-import torch
 from diffusers import UNet3DConditionModel
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,14 +19,18 @@ from t2v_turbo.consistency import consistency_fn, w_embedding
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Objective
 from t2v_turbo.pipeline import T2VTurboPipeline, sample_student
-from t2v_turbo.student import Student, fold_lora, load_merged, load_student, sampling_of
-from t2v_turbo.teachers import base
-from t2v_turbo.teachers.base import PEFT, load_part, load_streamed, tensors_in
-from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope
+from t2v_turbo.saved import (load_merged, load_student, own_sampling, sampling_of, save_student,
+                             student_id, student_tensors)
+from t2v_turbo.student import Student, fold_lora
+from t2v_turbo.teachers import loading
+from t2v_turbo.teachers.loading import PEFT, load_part, load_streamed, tensors_in
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.published import convert_lora, layer_shapes, load_unet, with_w_projection
-from t2v_turbo.teachers.tiny import WEIGHTS, TinyVideoDenoiser
-from t2v_turbo.teachers.wan import save_wan, tiny_wan
+from t2v_turbo.teachers.tiny import TinyVideoDenoiser, WEIGHTS
+from t2v_turbo.teachers.wan import save_wan
 from t2v_turbo.train import Config, Trainer
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
+
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +48,7 @@ def at(tmp_path_factory):
     "A teacher `ms`, its student `run/student`, and the published kind of adapters `published`"
     at = tmp_path_factory.mktemp('s')
     tiny_modelscope(at/'ms')
-    shaken(load_teacher(at/'ms', frames=4)).save(at/'run/student')
+    save_student(shaken(load_teacher(at/'ms', frames=4)), at/'run/student')
     unet, gen, pairs = with_w_projection(load_unet(at/'ms')), make_gen(2), []
     for o, i, *k in layer_shapes(unet, 'ms').values():
         r = min(8, o, i)
@@ -73,13 +76,13 @@ def test_peft_gives_the_student(at, name):
     got.save_pretrained(at/'again')
     torch.testing.assert_close(ask(PeftModel.from_pretrained(base(), str(at/'again')), 7.5), ask(want, 7.5), rtol=1e-3, atol=1e-4)
     shutil.copy(at/name/'student.json', at/'again/student.json')
-    assert load_student(at/'again').fingerprint() == load_student(at/name).fingerprint()
+    assert student_id(load_student(at/'again')) == student_id(load_student(at/name))
 
 
 def test_peft_on_the_transformers(tmp_path):
     for folder, teacher in ((tmp_path/'tiny', lambda: load_teacher('tiny')), (tmp_path/'wan', lambda: load_teacher(save_wan(tiny_wan(), tmp_path/'w')))):
         student = shaken(teacher())
-        student.save(folder)
+        save_student(student, folder)
         t, z = teacher(), torch.randn(1, *student.teacher.latent_shape, generator=make_gen(0))
         ctx, w, s = t.encode_text(['a']), torch.tensor([4.]), torch.tensor([499])
         with torch.no_grad():
@@ -106,7 +109,7 @@ def edit(path, **changes):
 @pytest.mark.parametrize('name', ['run/student', 'published'])
 def test_older_folders(at, tmp_path, name):
     older(at/name, tmp_path/'old')
-    assert load_student(tmp_path/'old').fingerprint() == load_student(at/name).fingerprint()
+    assert student_id(load_student(tmp_path/'old')) == student_id(load_student(at/name))
     a, b = (load_merged(f).teacher.denoiser.state_dict() for f in (tmp_path/'old', at/name))
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
@@ -122,7 +125,7 @@ def test_sampling_follows_from_the_objective(at, objective, want):
 
 def test_each_teacher_has_its_guidance(at, tmp_path):
     save_wan(tiny_wan(), tmp_path/'wan')
-    guidance = {n: Student(load_teacher(n), 1).sampling['w'] for n in ('tiny', 'tiny-flow', at/'ms', tmp_path/'wan')}
+    guidance = {n: own_sampling(Student(load_teacher(n), 1))['w'] for n in ('tiny', 'tiny-flow', at/'ms', tmp_path/'wan')}
     assert list(guidance.values()) == [2., 2., 7.5, 5.]
 
 
@@ -261,7 +264,7 @@ def test_adapters_stay_in_float32_on_a_base_in_half_precision(at, dtype):
     student = load_student(at/'run/student', dtype=dtype)
     stored = {k.removeprefix(PEFT): v for k, v in load_file(at/'run/student/adapter_model.safetensors').items()}
     assert all(v.dtype == torch.float32 and v.requires_grad for v in student.trainable().values())
-    torch.testing.assert_close(student.tensors(), stored, rtol=0, atol=0)
+    torch.testing.assert_close(student_tensors(student), stored, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -292,16 +295,16 @@ def test_merged_on_the_way_is_merged_afterwards(at, name, dtype):
 def test_a_loaded_student_trains_and_keeps_its_file_out_of_it(at, tmp_path):
     shutil.copytree(at/'run/student', tmp_path/'s')
     student = load_student(tmp_path/'s')
-    own = student.fingerprint()
+    own = student_id(student)
     cut(tmp_path/'s/adapter_model.safetensors')              # a mapped file would end the process
-    assert student.fingerprint() == own
+    assert student_id(student) == own
     assert all(p.requires_grad and p.dtype == torch.float32 for p in student.trainable().values())
     assert len(student.trainable()) == len(load_file(at/'run/student/adapter_model.safetensors'))
 
 
 def test_a_student_of_half_precision_is_sampled_in_another(at, tmp_path):
     student = shaken(load_teacher(at/'ms', dtype=torch.bfloat16, frames=4))
-    student.save(tmp_path/'s')
+    save_student(student, tmp_path/'s')
     assert list(json.loads((tmp_path/'s/student.json').read_text())['fingerprints']) == ['bfloat16']
     assert load_merged(tmp_path/'s', torch.float16).teacher.denoiser.dtype == torch.float16
     edit(tmp_path/'s/student.json', fingerprints=dict(bfloat16='0'*16))
@@ -319,7 +322,7 @@ def test_streamed_as_the_library_loads(at, tmp_path, monkeypatch, dtype):
                               (TinyVideoDenoiser, WEIGHTS/'tiny', 'denoiser'), (WanTransformer3DModel, tmp_path/'wan', 'transformer')):
         got = load_streamed(cls, folder/part, dtype)
         with monkeypatch.context() as m:
-            m.setattr(base, 'load_streamed', lambda *_: None)
+            m.setattr(loading, 'load_streamed', lambda *_: None)
             want = load_part(cls, folder, part, dtype)
         assert type(got) is cls and not got.training and dict(got.config) == dict(want.config)
         a, b = got.state_dict(), want.state_dict()

@@ -25,7 +25,8 @@ import torch
 
 from t2v_turbo import cli
 from t2v_turbo.core import make_gen, write_video
-from t2v_turbo.teachers.videocrafter2 import PREFIXES, tiny_videocrafter2
+from t2v_turbo.standins import tiny_videocrafter2
+from t2v_turbo.teachers.videocrafter2 import PREFIXES
 from t2v_turbo.world import World
 
 ROOT = Path(__file__).resolve().parents[1]

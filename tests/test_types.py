@@ -15,7 +15,8 @@ LIB = ROOT / "t2v_turbo"
 WRONG = '''
 from pathlib import Path
 from t2v_turbo.pipeline import T2VTurboPipeline
-from t2v_turbo.student import Student, load_student
+from t2v_turbo.saved import load_student
+from t2v_turbo.student import Student
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Trainer
 
@@ -23,7 +24,7 @@ teacher = load_teacher("tiny")
 teacher.encode_txt([""])                        # wrong
 teacher.encode("a clip")                        # wrong
 student = load_student(3)                       # wrong
-student.save()                                  # wrong
+student.merge()                                 # wrong
 Config(step=3)                                  # wrong
 Trainer(Config()).fits()                        # wrong
 Trainer(Config()).fit().loss                    # wrong

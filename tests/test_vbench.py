@@ -11,8 +11,7 @@ import pytest
 
 from t2v_turbo.files import UserError
 from t2v_turbo.vbench import (DIMENSIONS, QUALITY, SEMANTIC, TOTALS, Result, Row, aggregate, check_rows, compare,
-                              dot_plot, intervals, published, radar, read_results, read_rows, score_table,
-                              vbench_check)
+                              intervals, published, read_results, read_rows, score_table, vbench_check)
 
 HALF = {d: (low + high) / 2 for d, (low, high, _) in DIMENSIONS.items()}
 
@@ -272,15 +271,13 @@ def test_paired_differences(tmp_path):
 
 # --- shown -----------------------------------------------------------------------------------------
 
-def test_table_and_plots(tmp_path):
+def test_table(tmp_path):
     r = result(tmp_path)
     own = intervals(r, draws=100)
     text = score_table(published(), {"mine|": own, "plain": aggregate(r.scores)}).splitlines()
     assert len(text) == 2 + 20 + 2 and all(l.replace("\\|", "").count("|") == 5 for l in text)
     totals = [float(l.split("|")[-4].split()[0]) for l in (t.replace("\\|", "") for t in text[2:])]
     assert totals == sorted(totals, reverse=True)
-    assert len(dot_plot(published(), {"mine": own}).axes) == 3
-    assert len(radar({"mine": r.scores, "other": published()[0].scores}).axes[0].lines) == 2
 
 
 def test_no_vbench_and_nothing_heavy():

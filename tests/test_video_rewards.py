@@ -6,6 +6,7 @@ import torch
 import transformers
 from transformers import BertTokenizer
 
+from t2v_turbo import standins, weights
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.rewards import clip, internvideo2 as iv2, names, videoprism as prism, viclip
@@ -119,7 +120,7 @@ def test_the_window_can_move_and_is_the_same_for_all_frames(name):
 def test_viclip_full_size(base, millions, width, layers):
     with torch.device("meta"): net = viclip.viclip_full(base)
     assert round(sum(p.numel() for p in net.parameters())/1e6) == millions
-    state = clip.published(net, viclip.viclip_table(net))
+    state = weights.published(net, viclip.viclip_table(net))
     p = 16 if base else 14
     for k, shape in {"conv1.weight": (width, 3, 1, p, p), "class_embedding": (width,),
                      "positional_embedding": ((224//p)**2 + 1, width), "ln_post.bias": (width,),
@@ -135,13 +136,13 @@ def test_viclip_full_size(base, millions, width, layers):
 
 
 def test_viclip_round_trip_and_file(tmp_path):
-    state = viclip.tiny_viclip(words=520)
+    state = standins.tiny_viclip(words=520)
     rm = viclip.viclip_model(state, heads=(2, 2))
-    back = clip.published(rm, viclip.viclip_table(rm))
+    back = weights.published(rm, viclip.viclip_table(rm))
     assert back.keys() == state.keys() - {"temp"}
     for k, v in back.items(): assert torch.equal(v, state[k]), k
     (tmp_path/"m.txt").write_text("#\n" + "\n".join(" ".join(m) for m in rc.MERGES))
-    wide = clip.published(net := small_viclip(), viclip.viclip_table(net)) | {"temp": torch.ones(())}
+    wide = weights.published(net := small_viclip(), viclip.viclip_table(net)) | {"temp": torch.ones(())}
     torch.save(dict(model=wide), tmp_path/"v.pth")
     rm = viclip.viclip(tmp_path/"v.pth", tmp_path/"m.txt", save_memory=True)
     assert rm.eyes.save_memory and rm.facts.tokens == 32 and rm.facts.size == 32
@@ -165,12 +166,12 @@ def small_viclip():
                                  "text_encoder.ln_final.bias", "text_encoder.text_projection",
                                  "vision_encoder.temporal_positional_embedding"])
 def test_viclip_missing(key):
-    state = viclip.tiny_viclip()
+    state = standins.tiny_viclip()
     del state[key]
     with pytest.raises(UserError, match=f"not the weights of viclip-l14: .*{key}"):
         viclip.viclip_model(state, heads=(2, 2))
-    with pytest.raises(UserError, match="1 .odd. unexpected"):
-        viclip.viclip_model(viclip.tiny_viclip() | {"odd": torch.ones(1)}, heads=(2, 2))
+    with pytest.raises(UserError, match="1 unknown .odd."):
+        viclip.viclip_model(standins.tiny_viclip() | {"odd": torch.ones(1)}, heads=(2, 2))
 
 
 def test_one_class_token_and_joint_attention():
@@ -196,7 +197,7 @@ def test_internvideo2_full_size():
     with torch.device("meta"): net = iv2.internvideo2_full()
     count = lambda m: round(sum(p.numel() for p in m.parameters())/1e6)
     assert count(net.vision_encoder.blocks) == 1010 and count(net.text_encoder) == 271
-    state = clip.published(net, iv2.internvideo2_table(net, {}))
+    state = weights.published(net, iv2.internvideo2_table(net, {}))
     for k, shape in {
             "vision_encoder.patch_embed.proj.weight": (1408, 3, 1, 14, 14),
             "vision_encoder.pos_embed": (1, 1025, 1408), "vision_encoder.img_pos_embed": (1, 257, 1408),
@@ -219,20 +220,20 @@ def test_internvideo2_full_size():
 
 def test_internvideo2_layer_count_of_the_file():
     "Layers of BERT beyond those that are run are dropped, and nothing else is"
-    state = iv2.tiny_internvideo2()
+    state = standins.tiny_internvideo2()
     assert iv2.depth(state, "text_encoder.bert.encoder.layer") == 3
-    net = iv2.internvideo2_model(state, **iv2.TINY)
+    net = iv2.internvideo2_model(state, **standins.TINY)
     assert net.text_encoder.config.num_hidden_layers == 2
     for key in ("vision_encoder.blocks.1.attn.k_norm.weight", "vision_encoder.img_pos_embed", "text_proj.bias",
                 "text_encoder.bert.encoder.layer.1.output.dense.bias", "vision_encoder.pos_embed"):
         part = dict(state)
         del part[key]
         with pytest.raises(UserError, match=f"not the weights of internvideo2: .*{key}"):
-            iv2.internvideo2_model(part, **iv2.TINY)
-    with pytest.raises(UserError, match="2 .llama.a, llama.b. unexpected"):
-        iv2.internvideo2_model(state | {"llama.b": torch.ones(1), "llama.a": torch.ones(1)}, **iv2.TINY)
+            iv2.internvideo2_model(part, **standins.TINY)
+    with pytest.raises(UserError, match="2 unknown .llama.a, llama.b."):
+        iv2.internvideo2_model(state | {"llama.b": torch.ones(1), "llama.a": torch.ones(1)}, **standins.TINY)
     with pytest.raises(UserError, match="internvideo2: there is no tensor"):
-        iv2.internvideo2_model(viclip.tiny_viclip(), **iv2.TINY)
+        iv2.internvideo2_model(standins.tiny_viclip(), **standins.TINY)
 
 
 @pytest.mark.parametrize("new", [1, 2, 4, 6, 8, 16])
@@ -267,9 +268,9 @@ def test_internvideo2_frames_and_padding():
 def test_internvideo2_file(tmp_path, monkeypatch):
     (tmp_path/"vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *rc.WORDS]))
     BertTokenizer(str(tmp_path/"vocab.txt")).save_pretrained(tmp_path)
-    torch.save(dict(module=iv2.tiny_internvideo2()), tmp_path/"i.pt")
+    torch.save(dict(module=standins.tiny_internvideo2()), tmp_path/"i.pt")
     sizes = iv2.internvideo2_sizes
-    monkeypatch.setattr(iv2, "internvideo2_sizes", lambda state, **_: sizes(state, **iv2.TINY))
+    monkeypatch.setattr(iv2, "internvideo2_sizes", lambda state, **_: sizes(state, **standins.TINY))
     for frames in (4, 8):
         rm = iv2.internvideo2(tmp_path/"i.pt", tmp_path, frames=frames, save_memory=True)
         assert rm.facts.frames == frames and rm.vision_encoder.save_memory
@@ -305,13 +306,13 @@ def test_videoprism_full_size(large, millions, frames):
 def test_videoprism_folder(tmp_path):
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{w}" for w in rc.WORDS)]
     words = transformers.VideoPrismTokenizer(vocab=[(p, -float(i)) for i, p in enumerate(pieces)], model_max_length=64)
-    prism.tiny_videoprism(frames=8).save_pretrained(tmp_path)
+    standins.tiny_videoprism(frames=8).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no tokenizer"): prism.videoprism(tmp_path, facts=prism.PRISM_L)
     words.save_pretrained(tmp_path)
     rm = prism.videoprism(tmp_path, facts=prism.PRISM_L, dtype=torch.bfloat16)
     assert rm.dtype == torch.bfloat16 and rm(rc.clips(rm), rc.PROMPTS[:2]).shape == (2,)
     with pytest.raises(UserError, match="looks at 16 frames but .* at 8"): prism.videoprism(tmp_path)
-    clip.tiny_clip().save_pretrained(tmp_path/"other")
+    standins.tiny_clip().save_pretrained(tmp_path/"other")
     with pytest.raises(UserError, match="videoprism-large"): prism.videoprism(tmp_path/"other", facts=prism.PRISM_L)
 
 

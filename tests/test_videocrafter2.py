@@ -11,8 +11,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from t2v_turbo import standins, text
 from t2v_turbo.files import UserError
 from t2v_turbo.teachers import videocrafter2 as vc2
+from t2v_turbo.weights import published, wanted
 
 TOY = "#version: toy\np a\npa n\nd a</w>\npan da</w>\na n\nr e\n"
 
@@ -63,15 +65,15 @@ def test_full_size_configs_are_read_from_shapes():
             layers_per_block=2)
     for model, table, read_config in ((unet, vc2.unet_table, vc2.unet_config),
                                       (vae, vc2.vae_table, vc2.vae_config)):
-        rows = table(dict(model.config), {})
-        state = {k: torch.empty(shape, device="meta") for k, (_, shape) in rows.items()}
+        shapes = wanted(table(model, {}), model)
+        state = {k: torch.empty(shape, device="meta") for k, shape in shapes.items()}
         got = read_config(state)
         for k in ("block_out_channels", "layers_per_block", "down_block_types", "up_block_types"):
             assert list(got[k]) == list(model.config[k]) if k != "layers_per_block" \
                 else got[k] == model.config[k]
-        assert len(rows) == len(model.state_dict())
-    assert vc2.unet_config({k: torch.empty(s, device="meta") for k, (_, s) in vc2.unet_table(
-        dict(unet.config), {}).items()})["attention_head_dim"] == 64
+        assert len(shapes) == len(model.state_dict())
+    assert vc2.unet_config({k: torch.empty(s, device="meta") for k, s in wanted(
+        vc2.unet_table(unet, {}), unet).items()})["attention_head_dim"] == 64
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -85,9 +87,7 @@ def test_unet_round_trip(layers, widths):
                   up_block_types=["UpBlock3D"]*(n - 1) + ["CrossAttnUpBlock3D"])
     unet = UNet3DConditionModel(**config)
     before = unet.state_dict()
-    table = vc2.unet_table(config, {})
-    published = {k: before[news[0]] for k, (news, _) in table.items()}
-    got, after = vc2.unet_from_vc2(published)
+    got, after = vc2.unet_from_vc2(published(unet, vc2.unet_table(unet, {})))
     assert set(after) == set(before)
     for k, v in before.items(): assert torch.equal(after[k], v)
     for k in config: assert got[k] == (list(config[k]) if isinstance(config[k], tuple) else config[k])
@@ -96,7 +96,7 @@ def test_unet_round_trip(layers, widths):
 # --- the whole conversion ------------------------------------------------------------------------
 
 def test_checkpoint_to_pipeline(checkpoint, vocabulary, tmp_path, capsys):
-    state = vc2.tiny_videocrafter2(seed=1)
+    state = standins.tiny_videocrafter2(seed=1)
     out = vc2.convert_videocrafter2(checkpoint(state, global_step=7), tmp_path/"new/out",
                                     vocabulary=vocabulary)
     printed, bar = capsys.readouterr()
@@ -123,7 +123,7 @@ def test_checkpoint_to_pipeline(checkpoint, vocabulary, tmp_path, capsys):
 
 
 def test_schedule_is_the_published_one():
-    s, want = vc2.vc2_scheduler(), vc2.tiny_videocrafter2()["alphas_cumprod"]
+    s, want = vc2.vc2_scheduler(), standins.tiny_videocrafter2()["alphas_cumprod"]
     torch.testing.assert_close(s.alphas_cumprod, want, atol=1e-6, rtol=0)
     assert s.config.prediction_type == "epsilon"
 
@@ -131,7 +131,7 @@ def test_schedule_is_the_published_one():
 @torch.no_grad()
 def test_fps_can_be_chosen_again(checkpoint, vocabulary, tmp_path):
     "Folding 8 at once, or 16 first and 8 afterwards, is the same bias to the last bit"
-    path = checkpoint(vc2.tiny_videocrafter2())
+    path = checkpoint(standins.tiny_videocrafter2())
     a, b = (vc2.convert_videocrafter2(path, tmp_path/str(fps), fps, vocabulary) for fps in (8, 16))
     at8, at16 = (UNet3DConditionModel.from_pretrained(p/"unet") for p in (a, b))
     bias = lambda net: net.time_embedding.linear_2.bias
@@ -143,7 +143,7 @@ def test_fps_can_be_chosen_again(checkpoint, vocabulary, tmp_path):
 
 def test_checkpoint_without_fps(checkpoint, vocabulary, tmp_path):
     "An older checkpoint has no fps embedding: nothing is folded and no file promises a choice"
-    state = {k: v for k, v in vc2.tiny_videocrafter2().items() if "fps_embedding" not in k}
+    state = {k: v for k, v in standins.tiny_videocrafter2().items() if "fps_embedding" not in k}
     out = vc2.convert_videocrafter2(checkpoint(state), tmp_path/"out", vocabulary=vocabulary)
     assert not (out/"fps_embedding.safetensors").exists()
     bias = UNet3DConditionModel.from_pretrained(out/"unet").time_embedding.linear_2.bias
@@ -153,7 +153,7 @@ def test_checkpoint_without_fps(checkpoint, vocabulary, tmp_path):
 def test_legacy_file_format(vocabulary, tmp_path):
     "A file from before the zip format cannot be mapped into memory, but it is read"
     path = tmp_path/"old.ckpt"
-    torch.save(dict(state_dict=vc2.tiny_videocrafter2()), path, _use_new_zipfile_serialization=False)
+    torch.save(dict(state_dict=standins.tiny_videocrafter2()), path, _use_new_zipfile_serialization=False)
     out = vc2.convert_videocrafter2(path, tmp_path/"out", vocabulary=vocabulary)
     assert (out/"unet/config.json").is_file()
 
@@ -181,7 +181,7 @@ def refused(state, checkpoint, vocabulary, tmp_path, **k):
     V + "encoder.down.0.block.0.conv1.bias", V + "post_quant_conv.bias", T + "ln_final.weight",
     T + "transformer.resblocks.0.attn.in_proj_bias", T + "transformer.resblocks.2.ln_1.bias"])
 def test_a_missing_tensor_is_named(name, checkpoint, vocabulary, tmp_path):
-    state = vc2.tiny_videocrafter2()
+    state = standins.tiny_videocrafter2()
     del state[name]
     assert f"1 missing ({name})" in refused(state, checkpoint, vocabulary, tmp_path)
 
@@ -189,14 +189,14 @@ def test_a_missing_tensor_is_named(name, checkpoint, vocabulary, tmp_path):
 @pytest.mark.parametrize("name", [U + "input_blocks.0.0.weight", V + "encoder.conv_in.weight",
                                   T + "positional_embedding", T + "token_embedding.weight"])
 def test_a_missing_tensor_that_tells_a_size_is_named(name, checkpoint, vocabulary, tmp_path):
-    state = vc2.tiny_videocrafter2()
+    state = standins.tiny_videocrafter2()
     del state[name]
     said = refused(state, checkpoint, vocabulary, tmp_path)
     assert name in said or f"no tensor {name.removeprefix(U).removeprefix(V).removeprefix(T)}" in said
 
 
 def test_missing_and_unknown_of_all_parts_in_one_sentence(checkpoint, vocabulary, tmp_path):
-    state = vc2.tiny_videocrafter2()
+    state = standins.tiny_videocrafter2()
     gone = [U + "out.0.bias", V + "decoder.conv_out.bias", T + "ln_final.bias"]
     for k in gone: del state[k]
     state |= {U + "motion_cond_proj.weight": torch.ones(2, 2), "model_ema.decay": torch.ones(())}
@@ -206,7 +206,7 @@ def test_missing_and_unknown_of_all_parts_in_one_sentence(checkpoint, vocabulary
 
 
 def test_a_wrong_shape_is_named(checkpoint, vocabulary, tmp_path):
-    state = vc2.tiny_videocrafter2()
+    state = standins.tiny_videocrafter2()
     state[U + "input_blocks.2.0.emb_layers.1.bias"] = torch.zeros(5)
     said = refused(state, checkpoint, vocabulary, tmp_path)
     assert "1 of another shape" in said and "(5,), not (32,)" in said
@@ -214,7 +214,7 @@ def test_a_wrong_shape_is_named(checkpoint, vocabulary, tmp_path):
 
 @pytest.mark.parametrize("prefix", [U, V, T])
 def test_a_missing_part_is_named(prefix, checkpoint, vocabulary, tmp_path):
-    state = {k: v for k, v in vc2.tiny_videocrafter2().items() if not k.startswith(prefix)}
+    state = {k: v for k, v in standins.tiny_videocrafter2().items() if not k.startswith(prefix)}
     assert prefix in refused(state, checkpoint, vocabulary, tmp_path)
 
 
@@ -225,26 +225,26 @@ class Program:
 
 
 def test_a_pickle_with_more_than_tensors_is_refused(checkpoint, vocabulary, tmp_path):
-    said = refused(vc2.tiny_videocrafter2(), checkpoint, vocabulary, tmp_path,
+    said = refused(standins.tiny_videocrafter2(), checkpoint, vocabulary, tmp_path,
                    callbacks=Program(tmp_path/"ran"))
     assert "holds more than tensors" in said and not (tmp_path/"ran").exists()
 
 
 def test_entries_that_are_no_tensors_are_refused(checkpoint, vocabulary, tmp_path):
-    said = refused(vc2.tiny_videocrafter2() | {"note": "hello"}, checkpoint, vocabulary, tmp_path)
+    said = refused(standins.tiny_videocrafter2() | {"note": "hello"}, checkpoint, vocabulary, tmp_path)
     assert "1 of its entries are not named tensors (note)" in said
 
 
 @pytest.mark.parametrize("data", [b"", b"hello world", b"cut"])
 def test_a_file_that_is_no_checkpoint(data, checkpoint, vocabulary, tmp_path):
-    path = checkpoint(vc2.tiny_videocrafter2())
+    path = checkpoint(standins.tiny_videocrafter2())
     path.write_bytes(path.read_bytes()[:100_000] if data == b"cut" else data)
     with pytest.raises(UserError, match="cut off"):
         vc2.convert_videocrafter2(path, tmp_path/"out", vocabulary=vocabulary)
 
 
 def test_existing_out_missing_file_bad_fps(checkpoint, vocabulary, tmp_path):
-    path, go = checkpoint(vc2.tiny_videocrafter2()), vc2.convert_videocrafter2
+    path, go = checkpoint(standins.tiny_videocrafter2()), vc2.convert_videocrafter2
     (tmp_path/"there").mkdir()
     with pytest.raises(UserError, match="is there already"): go(path, tmp_path/"there", 16, vocabulary)
     with pytest.raises(UserError, match="no file"): go(tmp_path/"no", tmp_path/"out", 16, vocabulary)
@@ -256,7 +256,7 @@ def test_existing_out_missing_file_bad_fps(checkpoint, vocabulary, tmp_path):
 
 
 def test_a_long_list_of_names_is_cut_but_counted(checkpoint, vocabulary, tmp_path):
-    state = vc2.tiny_videocrafter2() | {f"extra.{i:02d}": torch.zeros(1) for i in range(12)}
+    state = standins.tiny_videocrafter2() | {f"extra.{i:02d}": torch.zeros(1) for i in range(12)}
     said = refused(state, checkpoint, vocabulary, tmp_path)
     assert "model.ckpt' does not have" in said
     assert "12 unknown (extra.00, extra.01, " in said and "extra.07, ...)" in said and "extra.08" not in said
@@ -267,7 +267,7 @@ def test_a_long_list_of_names_is_cut_but_counted(checkpoint, vocabulary, tmp_pat
 def test_an_interrupted_conversion_leaves_nothing(when, error, checkpoint, vocabulary, tmp_path,
                                                   monkeypatch):
     cls = dict(vae=AutoencoderKL, text_encoder=CLIPTextModel, tokenizer=CLIPTokenizer)[when]
-    path, seen = checkpoint(vc2.tiny_videocrafter2()), []
+    path, seen = checkpoint(standins.tiny_videocrafter2()), []
 
     def stop(self, folder, **_):
         seen.extend(folder.parent.rglob("*.safetensors"))
@@ -281,20 +281,20 @@ def test_an_interrupted_conversion_leaves_nothing(when, error, checkpoint, vocab
 # --- the vocabulary ------------------------------------------------------------------------------
 
 def test_vocabulary_as_text_gz_and_wheel(vocabulary, tmp_path):
-    want = vc2.read_merges(vocabulary)
+    want = text.read_merges(vocabulary)
     assert want[:2] == [("p", "a"), ("pa", "n")] and len(want) == 6
     packed = tmp_path/"bpe.txt.gz"
     packed.write_bytes(gzip.compress(TOY.encode()))
-    assert vc2.read_merges(packed) == want
+    assert text.read_merges(packed) == want
     with zipfile.ZipFile(tmp_path/"open_clip_torch-0-py3-none-any.whl", "w") as z:
         z.write(packed, "open_clip/bpe_simple_vocab_16e6.txt.gz")
-    assert vc2.read_merges(tmp_path/"open_clip_torch-0-py3-none-any.whl") == want
+    assert text.read_merges(tmp_path/"open_clip_torch-0-py3-none-any.whl") == want
 
 
 def test_no_vocabulary_is_told(checkpoint, tmp_path, monkeypatch):
     "One sentence that says what to give, with a path that is not there and with none"
-    monkeypatch.setattr(vc2.importlib.util, "find_spec", lambda name: None)
-    path = checkpoint(vc2.tiny_videocrafter2())
+    monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: None)
+    path = checkpoint(standins.tiny_videocrafter2())
     give = "give with --vocabulary the wheel that `pip download --no-deps open_clip_torch` brings, or the bpe_simple_vocab_16e6.txt.gz in it"
     for named, what in ((None, "CLIP's vocabulary was not given"), (tmp_path/"lost.whl", f"no vocabulary at {tmp_path}/lost.whl")):
         with pytest.raises(UserError) as e: vc2.convert_videocrafter2(path, tmp_path/"out", vocabulary=named)
@@ -306,7 +306,7 @@ def test_open_clip_is_never_imported(tmp_path):
     (tmp_path/"open_clip").mkdir()
     (tmp_path/"open_clip/__init__.py").write_text("raise RuntimeError('imported')")
     (tmp_path/"open_clip/bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(TOY.encode()))
-    code = "from t2v_turbo.teachers.videocrafter2 import read_merges; print(len(read_merges()))"
+    code = "from t2v_turbo.text import read_merges; print(len(read_merges()))"
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path},
                          text=True, capture_output=True)

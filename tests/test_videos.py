@@ -10,13 +10,18 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.stream import Disposition
 from PIL import Image
 
-import t2v_turbo.data as data
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
-from t2v_turbo.data import BadClip, ClipFolder, content_mark, find_clips, inside, match_record, probe, read_clip, read_table
-from t2v_turbo.streams import Prompts, Shards, Table, open_source, samples, write_shards
+from t2v_turbo.data.clips import ClipFolder, Table
+from t2v_turbo.data.deal import BLOCK, content_mark, match_record
+from t2v_turbo.data.tables import find_clips, inside, read_table
+from t2v_turbo.data.videos import BACKGROUND, BadClip, probe, read_clip
+from t2v_turbo.data.shards import Shards
+from t2v_turbo.data.sources import Prompts, open_source
+from t2v_turbo.data.tars import tar_samples, write_shards
 
 
 def square(i, n, h, w, c=3):
@@ -81,8 +86,8 @@ def says(sentence, f, *args, **kw):
 @pytest.mark.parametrize("version,told", [("15.1.0", {"metadata_errors": "ignore"}), ("18.1.0", {"metadata_errors": "ignore"}), ("19.0.2", {}), ("20.0", {})])
 def test_what_av_open_is_told_depends_on_its_version(tmp_path, monkeypatch, version, told):
     path, seen, real = make(tmp_path / "a.mp4"), [], av.open
-    monkeypatch.setattr(data.av, "__version__", version)
-    monkeypatch.setattr(data.av, "open", lambda file, **kw: seen.append(kw) or real(file))
+    monkeypatch.setattr(av, "__version__", version)
+    monkeypatch.setattr(av, "open", lambda file, **kw: seen.append(kw) or real(file))
     assert round(probe(path), 3) == 2. and seen == [told]
 
 
@@ -145,7 +150,7 @@ def test_what_is_behind_a_transparent_picture(tmp_path, name):
     if codec not in av.codecs_available: pytest.skip(f"this av has no {codec}")
     x = frames_of(make(tmp_path / name, codec, pix=pix, options=options, draw=cut_out, h=48, w=64))[:, 3]
     assert x[0, 24, 32] > .9 and x[1:, 24, 32].max() < .15
-    for y, xx in ((2, 2), (45, 60), (24, 4)): assert (x[:, y, xx] - data.BACKGROUND).abs().max() < .04
+    for y, xx in ((2, 2), (45, 60), (24, 4)): assert (x[:, y, xx] - BACKGROUND).abs().max() < .04
 
 
 def test_a_gif_with_holes(tmp_path):
@@ -154,7 +159,7 @@ def test_a_gif_with_holes(tmp_path):
         im = Image.new("RGBA", (64, 48), (0, 0, 0, 0)); im.paste((255, 0, 0, 255), (4 + 3 * i, 8, 20 + 3 * i, 40)); frames.append(im)
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=120, disposal=2, loop=0)
     x = frames_of(tmp_path / "a.gif")
-    assert red(x[:, 0])[20].any() and (x[:, :, 2, 2] - data.BACKGROUND).abs().max() < .02
+    assert red(x[:, 0])[20].any() and (x[:, :, 2, 2] - BACKGROUND).abs().max() < .02
     assert moving(tmp_path / "a.gif") == 8
 
 
@@ -296,7 +301,7 @@ def with_cover(path, pictures):
     with av.open(str(path), "w", format={".m4a": "mp4"}.get(path.suffix)) as box:
         a = box.add_stream("libmp3lame" if path.suffix == ".mp3" else "aac", rate=48000, layout="mono")
         cover = box.add_stream("mjpeg", rate=1); cover.width, cover.height, cover.pix_fmt = 96, 96, "yuvj420p"
-        cover.disposition = data.Disposition.attached_pic.value
+        cover.disposition = Disposition.attached_pic.value
         if pictures: s = box.add_stream("libx264", rate=12); s.width, s.height, s.pix_fmt = 64, 48, "yuv420p"
         for p in [*cover.encode(av.VideoFrame.from_ndarray(np.full((96, 96, 3), 200, np.uint8), format="rgb24")), *cover.encode()]: box.mux(p)
         for k in range(100):
@@ -309,7 +314,7 @@ def with_cover(path, pictures):
         if pictures:
             for p in s.encode(): box.mux(p)
     with av.open(str(path)) as box:
-        assert any(v.disposition & data.Disposition.attached_pic for v in box.streams.video)
+        assert any(v.disposition & Disposition.attached_pic for v in box.streams.video)
     return path
 
 
@@ -381,7 +386,7 @@ def test_what_a_mac_leaves_is_not_data(folder):
         (folder / n).parent.mkdir(parents=True, exist_ok=True); (folder / n).write_bytes(junk)
     with warnings.catch_warnings(): warnings.simplefilter("error"); assert len(ClipFolder(folder)) == 3
     members = [("a.mp4", 1, 2), ("a.txt", 2, 2), ("._a.mp4", 0, 9), ("__MACOSX/d/a.mp4", 0, 9), ("__MACOSX/._a.txt", 0, 9)]
-    assert samples(members) == ({"a": {".mp4": (1, 2), ".txt": (2, 2)}}, [])
+    assert tar_samples(members) == ({"a": {".mp4": (1, 2), ".txt": (2, 2)}}, [])
 
 
 def test_endings_that_are_passed_over_are_named_and_counted(folder):
@@ -517,13 +522,13 @@ def test_a_fingerprint_is_of_contents(folder, tmp_path, check):
 
 
 def test_marks(tmp_path):
-    path, n = tmp_path / "a", 5 * data.BLOCK
+    path, n = tmp_path / "a", 5 * BLOCK
     path.write_bytes(bytes(n)); zero = content_mark(path)
     for at in (0, n // 2 + 5, n - 1):
         x = bytearray(n); x[at] = 1; path.write_bytes(x); assert content_mark(path) != zero, at
     path.write_bytes(bytes(n + 1)); assert content_mark(path) != zero
-    small = bytearray(4 * data.BLOCK); path.write_bytes(small); a = content_mark(path)
-    small[data.BLOCK + 7] = 1; path.write_bytes(small); assert content_mark(path) != a      # small ones are read whole
+    small = bytearray(4 * BLOCK); path.write_bytes(small); a = content_mark(path)
+    small[BLOCK + 7] = 1; path.write_bytes(small); assert content_mark(path) != a      # small ones are read whole
 
 
 @pytest.mark.parametrize("how", ["same bytes count", "caption", "renamed"])

@@ -21,7 +21,8 @@ from t2v_turbo.student import Student
 from t2v_turbo.memory import save_memory
 from t2v_turbo.meter import Meter
 from t2v_turbo.teachers.tiny import load_teacher
-from t2v_turbo.teachers.wan import as_history, reach_of, tiny_wan
+from t2v_turbo.standins import tiny_wan
+from t2v_turbo.teachers.wan import as_history, reach_of
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.watch import Watcher
 

@@ -10,12 +10,14 @@ from t2v_turbo.ablate import AblateOptions, ablate, ablation_table
 from t2v_turbo.core import make_gen, show_strips, write_video
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Distillation, Objective, StepOut, draw
-from t2v_turbo.evaluate import Sampler, evaluate, judge, load_judges, markdown_table
+from t2v_turbo.evaluate import Sampler, evaluate, markdown_table
+from t2v_turbo.judges import judge, load_judges
 from t2v_turbo.pipeline import T2VTurboPipeline, sample_student, sample_teacher
 from t2v_turbo.rate import find_pairs, make_page, rate_report
 from t2v_turbo.rewards.base import Mix, mix
 from t2v_turbo.rewards.tiny import TinyReward, load_reward
-from t2v_turbo.student import Student, load_student
+from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.tiny import WEIGHTS
@@ -46,8 +48,8 @@ def teacher_and_student(folder: Path) -> Student:
     step = Distillation(student, cfg, image_reward=load_reward("tiny-image"))
     out: StepOut = step(z0, ctx, null.expand_as(ctx), captions, draw(cfg, z0.shape, make_gen(1)))
     out.loss.mean().backward()
-    student.save(folder / "student", about=dict(steps=1))
-    student.save(str(folder / "again"))
+    save_student(student, folder / "student", about=dict(steps=1))
+    save_student(student, str(folder / "again"))
     assert_type(student.merged(), nn.Module)
     return load_student(folder / "student")
 

@@ -23,7 +23,6 @@ COLAB = sorted((ROOT / "tests").glob("colab-*.txt"))[-1]
 PYTHONS = dict(floors="3.12", colab="3.13", newest="3.11")
 PARTNERS = ("torchvision", "torchao")               # installed too: transformers, diffusers and peft look for them
 TESTS = ("pytest", "pytest-xdist", "click")       # click: `hf` of huggingface_hub 1.3 imports it and does not require it
-WORKERS = ("-n", "2", "--dist", "loadfile")         # of a machine with two cores, one thread each
 TORCH = "torch==2.13.0"                             # some indexes have a CPU build of it, which is 20 times smaller
 
 
@@ -75,7 +74,7 @@ def venv(base, folder):
 
 def make(name, base, folder):
     "An environment; its Python, and what pytest is given"
-    core = [*WORKERS, "-m", "core"]
+    core = ["--full", "-m", "core"]
     if name == "colab":                                     # its first notebook installs the package
         sh(sys.executable, ROOT / "tools/colab.py", "--python", base, "--keep", folder, "quickstart", "touch")
         pip(python := folder / "venv/bin/python", "-q", *TESTS)
@@ -88,7 +87,7 @@ def make(name, base, folder):
     try: pip(python, TORCH)
     except subprocess.CalledProcessError: print(f"{TORCH} is not on this index: its newest is taken", flush=True)
     pip(python, "-e", ".[dev]")
-    return python, [*WORKERS]
+    return python, ["--full"]
 
 
 def check(name, base, folder):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import frames_of, make_gen
 from ..files import UserError
-from ..teachers.base import tokenize, tokens_id, weights_ids
+from ..teachers.base import tokenize
 
 # %% ../../nbs/20_rewards.ipynb #fa5946e1
 SHAPES_OF_J = ("log_sigmoid", "raw")
@@ -90,13 +90,6 @@ class Mix(nn.Module):
                )->Tensor:      # scores `(b,)`
         first, *rest = (w * r(frames, prompts) for r, w in self.parts)
         return sum(rest, first)
-
-    def identity(self)->dict: # name: what it is, and its weight in the sum
-        "What the scores depend on; can be written as JSON"
-        own = lambda r: r.identity() if hasattr(r, "identity") else {}
-        name = lambda r: r.facts.name if hasattr(r, "facts") else getattr(r, "__name__",
-                                                                          type(r).__name__)
-        return {f"{name(r)}": own(r) | dict(weight=float(w)) for r, w in self.parts}
 
 def mix(parts:dict, # reward: weight, e.g. `{hps: 1., clip: .2}`
        )->Mix:      # a reward
@@ -194,12 +187,6 @@ class Reward(nn.Module):
     def dtype(self)->torch.dtype:
         "Of the network"
         return next(self.parameters()).dtype
-
-    def identity(self)->dict: # `weights`: see `weights_ids`; `tokens`: see `tokens_id`
-        "What the scores depend on, whatever the reward is called; can be written as JSON"
-        words = getattr(self, "tokenizer", None)
-        return dict(weights=weights_ids(self),
-                    tokens=tokens_id(words, self.facts.tokens) if words else "")
 
     def forward(self,
                 frames:Tensor, # `(b 3 t h w)` in [0,1]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core import make_gen, pick_device
 from ..files import UserError
-from ..data import probe, read_clip
+from ..data.videos import probe, read_clip
 from .names import options_of, parse_reward, reward_named
 from ..world import blur, caption, combos, flicker, render, watermark
 

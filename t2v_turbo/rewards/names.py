@@ -14,8 +14,9 @@ from inspect import signature
 
 from ..files import UserError
 from .base import agreed_frames, mix
-from .clip import (AESTHETIC, CLIPSCORE, HPS, IMAGEREWARD, PICKSCORE, aesthetic,
-                                    clipscore, hpsv2, imagereward, pickscore)
+from .clip import (AESTHETIC, CLIPSCORE, HPS, PICKSCORE, aesthetic, clipscore,
+                                    hpsv2, pickscore)
+from .imagereward import IMAGEREWARD, imagereward
 from .internvideo2 import INTERNVIDEO2, internvideo2
 from .tiny import REWARD_KINDS, TINY_IMAGE, TINY_VIDEO, load_reward
 from .viclip import VICLIP_B, VICLIP_L, viclip

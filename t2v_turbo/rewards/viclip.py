@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VICLIP_L', 'VICLIP_B', 'run_layers', 'ViCLIPVision', 'VideoReward', 'ViCLIP', 'viclip_sizes', 'viclip_table',
-           'viclip_model', 'viclip', 'viclip_full', 'tiny_viclip']
+           'viclip_model', 'viclip', 'viclip_full']
 
 # %% ../../nbs/23_viclip.ipynb #9fdaa4dd
 from dataclasses import replace
@@ -17,10 +17,10 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..core import clips_of, frames_of
 from .base import CosineReward, Facts
-from .clip import (IMAGENET_STATS, block_rows, clip_merges, convert, crop, depth,
-                                    fetch, fill, normalise, published, read_weights,
-                                    size_of, text_rows)
-from ..teachers.videocrafter2 import clip_tokenizer
+from .loading import IMAGENET_STATS, crop, fetch, normalise
+from ..text import clip_merges, clip_tokenizer
+from ..weights import (block_rows, convert, depth, fill, read_weights, size_of,
+                               text_rows)
 
 # %% ../../nbs/23_viclip.ipynb #78f492b0
 def run_layers(layers,       # modules, called one after the other
@@ -139,13 +139,14 @@ def viclip_sizes(state:dict,     # name: tensor, as published
     return eyes, words
 
 def viclip_table(net:ViCLIP, # may be on the `meta` device
-                )->dict:     # published name: list of new names
+                )->dict:     # published name: row
     "The rows of ViCLIP's file"
     own = [k for k in net.eyes.state_dict() if not k.startswith("layers.")]
     rows = {f"vision_encoder.{k}": [f"eyes.{k}"] for k in own}
     rows |= block_rows("vision_encoder.transformer.resblocks", "eyes.layers", len(net.eyes.layers))
-    text = text_rows(net.words.config.num_hidden_layers, "text_encoder.")
-    return rows | {k: [f"words.{n}" for n in news] for k, news in text.items()} | {"temp": []}
+    text = text_rows(net.words.config.num_hidden_layers, "text_encoder.", "words.text_model.")
+    proj = {"text_encoder.text_projection": ["words.text_projection.weight.T"]}
+    return rows | text | proj | {"temp": []}
 
 # %% ../../nbs/23_viclip.ipynb #fcae1d2f
 def viclip_model(state:dict,    # name: tensor, as published
@@ -190,18 +191,3 @@ def viclip_full(base:bool=False, # ViCLIP-B/16 instead of L/14
                            projection_dim=d, hidden_act="quick_gelu", pad_token_id=0,
                            eos_token_id=49407)
     return ViCLIP(VICLIP_B if base else VICLIP_L, eyes, words)
-
-# %% ../../nbs/23_viclip.ipynb #87b359be
-def tiny_viclip(seed:int=0,    # of the weights
-                words:int=520, # tokens of the vocabulary
-               )->dict:        # name: tensor, in the published layout; two heads a tower
-    "A random ViCLIP file: two layers a tower, 8 frames, 32 x 32 pixels"
-    torch.manual_seed(seed)
-    each:dict = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                     num_attention_heads=2, hidden_act="quick_gelu")
-    net = ViCLIP(VICLIP_L, CLIPVisionConfig(**each, image_size=32, patch_size=8),
-                 CLIPTextConfig(**each, vocab_size=words, max_position_embeddings=32,
-                                pad_token_id=0, projection_dim=24, bos_token_id=words - 2,
-                                eos_token_id=words - 1))
-    for p in net.parameters(): nn.init.normal_(p, std=.3)
-    return published(net, viclip_table(net)) | {"temp": torch.tensor(.07)}

@@ -9,22 +9,24 @@ __all__ = ['FPS', 'COND', 'lora_order', 'read_lora', 'layer_shapes', 'name_lora'
 
 # %% ../../nbs/13_published.ipynb #41f1705a
 import shutil
+import torch
 from pathlib import Path
 from types import SimpleNamespace
-
-import torch
 from diffusers import UNet3DConditionModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-
 from ..core import make_gen
 from ..files import UserError, atomic, write_json
-from .base import (Teacher, check_whole, load_part, new_folder, read_about,
-                                     read_torch, save_adapters)
-from .videocrafter2 import (FPS_FILE, fps_bias, set_fps, unet_from_vc2,
+from .base import Teacher
+from .loading import (check_whole, load_part, new_folder, read_about, read_torch,
+                                        save_adapters)
+from .videocrafter2 import (FPS_FILE, PREFIXES, fps_bias, set_fps, unet_from_vc2,
                                               vc2_lora_layers, vc2_to_diffusers, writing)
+from ..weights import read_weights
+
+
 
 # %% ../../nbs/13_published.ipynb #0576d99e
 FPS = ["fps_embedding.0", "fps_embedding.2"]  # VideoCrafter2 only; no such layers in diffusers
@@ -139,14 +141,11 @@ def w_weight(update:Tensor,    # of the LoRA pair `(c, 256)`
     return state[key].float()
 
 def read_state(path:str|Path, # a checkpoint of a UNet
-              )->dict:    # name: tensor
+              )->dict:        # name: tensor
     "A state dict, without nesting and without the prefix of a larger model"
-    state = read_torch(path, "T2V-Turbo's published merged checkpoint")
-    if isinstance(state, dict): state = state.get("state_dict", state.get("module", state))
-    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state):
-        raise UserError(f"{str(path)!r} is a {type(state).__name__}, not a state dict: give a "
-                        "merged checkpoint here, and unet_lora.pt to convert_lora")
-    return {k.removeprefix("model.diffusion_model."): v for k, v in state.items()}
+    state = read_weights(path, "T2V-Turbo's published merged checkpoint here, and unet_lora.pt to "
+                         "convert_lora", strict=True)
+    return {k.removeprefix(PREFIXES["unet"]): v for k, v in state.items()}
 
 # %% ../../nbs/13_published.ipynb #5ace6e46
 def rebuild(unet:UNet3DConditionModel, # gives the configuration

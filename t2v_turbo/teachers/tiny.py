@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from ..files import UserError
-from .base import Teacher, load_part, read_about
+from .base import Teacher
 from ..world import COLOURS, MOTIONS, SHAPES
 
 # %% ../../nbs/11_tiny_teacher.ipynb #717ac053
@@ -121,22 +121,20 @@ def tiny_scheduler()->DDIMScheduler:
 WEIGHTS = Path(globals().get("__file__", "")).parent.parent / "weights"
 
 def load_teacher(name:str|Path="tiny", # `"tiny"`, or a folder written by `save_teacher`
-                 variant=None, # of its files, see `hub.pick`
                 )->Teacher:
-    "Load a teacher, frozen and in evaluation mode"
+    "Load a teacher of the tiny world, frozen and in evaluation mode"
     folder = WEIGHTS / "tiny" if name == "tiny" else Path(name)
     if not (folder / "denoiser").is_dir():
         raise UserError(f"no teacher in {str(folder)!r}: give 'tiny' or a folder that holds "
                         "denoiser/, vae/, text_encoder/, tokenizer/ and scheduler/")
+    part = lambda cls, n: cls.from_pretrained(folder / n, local_files_only=True)
     nets = dict(denoiser=TinyVideoDenoiser, vae=AutoencoderKL, text_encoder=CLIPTextModel)
-    nets = [load_part(cls, folder, part, torch.float32, variant) for part, cls in nets.items()]
-    meta = read_about(folder)
-    if not {"frames", "fps"} <= meta.keys():
-        raise UserError(f"{str(folder/'teacher.json')!r} does not tell frames and fps: give the "
-                        "folder as it was saved")
-    return Teacher(str(name), *nets, load_part(PreTrainedTokenizerFast, folder, "tokenizer"),
-                   load_part(DDIMScheduler, folder, "scheduler"), meta["frames"], meta["fps"])
+    meta = json.loads((folder / "teacher.json").read_text())
+    return Teacher(str(name), *(part(cls, n).float() for n, cls in nets.items()),
+                   part(PreTrainedTokenizerFast, "tokenizer"), part(DDIMScheduler, "scheduler"),
+                   meta["frames"], meta["fps"])
 
+# %% ../../nbs/11_tiny_teacher.ipynb #8a45b208
 def save_teacher(teacher:Teacher, # a teacher of this notebook's classes
                  folder:str|Path, # where to; made if it is not there
                  half:bool=True,  # store the denoiser in float16

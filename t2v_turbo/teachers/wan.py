@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Flow', 'with_places', 'GuidedWan', 'guided_wan', 'FlowTeacher', 'flow_scheduler', 'check_clip', 'WanTeacher',
-           'as_history', 'tiny_tokenizer', 'tiny_wan', 'reach_of', 'save_wan', 'load_wan', 'one_rank', 'wan_lora',
-           'save_wan_lora', 'stock_scheduler']
+           'as_history', 'reach_of', 'save_wan', 'load_wan', 'one_rank', 'wan_lora', 'save_wan_lora', 'stock_scheduler']
 
 # %% ../../nbs/14_wan.ipynb #99e9cfe1
 import html
@@ -23,15 +22,15 @@ from fastcore.basics import patch
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import (AutoTokenizer, CLIPTextModel, T5Tokenizer, UMT5Config,
-                          UMT5EncoderModel)
+from transformers import AutoTokenizer, CLIPTextModel, UMT5EncoderModel
 
 from ..files import UserError, at_least, atomic, write_json
 from ..consistency import few_step_grid, w_embedding
 from ..core import expand_to
 from ..schedule import Schedule
-from .base import (Teacher, check_size, check_whole, load_part, read_about,
-                                     read_object, save_parts, tokenize)
+from .base import Teacher, tokenize
+from .loading import (check_size, check_whole, load_part, read_about, read_object,
+                                        save_parts)
 
 # %% ../../nbs/14_wan.ipynb #0de0c395
 @dataclass(frozen=True)
@@ -281,29 +280,6 @@ def decode(self:WanTeacher,
         x = self.vae.decode((z * self.latent_std + self.latent_mean).to(self.vae.dtype)).sample
     x = x if frames is None else x[:, :, frames]
     return (x.float() / 2 + .5).clamp(0, 1)
-
-# %% ../../nbs/14_wan.ipynb #5739c628
-def tiny_tokenizer()->T5Tokenizer:
-    "UMT5's tokenizer class with a vocabulary of the printable characters"
-    letters = ["▁", *map(chr, range(33, 127))]
-    return T5Tokenizer([(p, 0.) for p in ("<pad>", "</s>", "<unk>")] + [(c, -2.) for c in letters],
-                       extra_ids=0, model_max_length=512)
-
-def tiny_wan(seed:int=0,        # of the random weights
-             frames:int=17,     # 4k+1
-             size:tuple=(32, 32), # height and width, multiples of 16
-             tokens:int=24,     # of a prompt
-            )->WanTeacher:
-    "Wan 2.1's classes with small random networks"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, text_dim=32,
-                                    freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32)
-        vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-        text = UMT5EncoderModel(UMT5Config(vocab_size=98, d_model=32, d_kv=8, d_ff=64, num_layers=2,
-                                           num_heads=4))
-    return WanTeacher("tiny-wan", guided_wan(net), vae, text, tiny_tokenizer(), flow_scheduler(),
-                      frames, 16, size, tokens)
 
 # %% ../../nbs/14_wan.ipynb #71a823ec
 def reach_of(vae:AutoencoderKLWan, # any size; no weights are read
