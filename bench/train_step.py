@@ -34,30 +34,25 @@ import subprocess
 import sys
 import tempfile
 import time
+import torch
+import torch.nn.functional as F
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch as replaced
-
-import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from scipy.stats import linregress
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
-
 from t2v_turbo import train as training
-from t2v_turbo.data.build import build_cache
-from t2v_turbo.data.recipes import dice
 from t2v_turbo.consistency import w_embedding
 from t2v_turbo.core import make_gen, step_gen
 from t2v_turbo.distill import Distillation, Objective, draw
-from t2v_turbo.plan import _FULL, GB, NoWords, _attention, _phases, cast, plan_of, save_reward, weights_of
+from t2v_turbo.plan import GB, NoWords, _FULL, _attention, cast, plan_of, save_reward, weights_of
 from t2v_turbo.rewards import internvideo2 as iv2
 from t2v_turbo.rewards.clip import CLIPReward, HPS
-from t2v_turbo.rewards.loading import letterbox
 from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.rewards.viclip import VICLIP_L, ViCLIP
 from t2v_turbo.student import Student
@@ -67,9 +62,14 @@ from t2v_turbo.memory import save_memory, savings_of
 from t2v_turbo.meter import Meter
 from t2v_turbo.optimizer import make_optimizer
 from t2v_turbo.teachers.videocrafter2 import vc2_scheduler
-from t2v_turbo.text import clip_tokenizer
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.world import World
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.recipes import dice
+from t2v_turbo.rewards.loading import letterbox
+from t2v_turbo.text import clip_tokenizer
+
+
 
 FULL = 320                                # width of the published networks
 SEED = 0
@@ -321,11 +321,12 @@ class Ours(Trainer):
         super().__init__(Config(out=out, batch=c["batch"], rank=c["rank"], save_memory=save, objective=objective(c), lr=1e-5,
                                 data=f"{caches}/{kind}" if kind else "", texts=f"{caches}/text" if kind else "", seed=SEED, track=""),
                          image, video)
+        self.opt = self.engine.opt
         moved(self.params)
 
     def _teacher(self): return self.made
     def _source(self, teacher): return super()._source(teacher) if self.cfg.data else Clips(self.c)
-    def read(self): return self.source.batch(0, self.cfg.batch, self.rows())
+    def read(self): return self.source.batch(0, self.cfg.batch, self.rows)
     def backward(self, read):
         with replaced.object(training, "draw", dealt): return super().backward(read)
     def update(self):
@@ -339,7 +340,7 @@ class Ours(Trainer):
             with clock.phase("backward"): plain(loss)
         self.accelerator.backward = backward
         try:
-            with _phases(self.accelerator.unwrap_model(self.model), clock): yield
+            with replaced.object(self.model, "phase", clock.phase): yield
         finally: self.accelerator.backward = plain
 
 

@@ -139,6 +139,7 @@ class StepOut:
 # %% ../nbs/31_distill.ipynb #1b9b959b
 class Distillation(nn.Module):
     "Algorithm 1 without the optimiser: one step of consistency distillation with mixed rewards"
+    phase = nullcontext # surrounds each named part of a step; a meter may replace it
     if TYPE_CHECKING: # written below
         def ask_teacher(self, z0:Tensor, ctx:Tensor, null:Tensor, d:Draw)->tuple: ...
         def rewards(self, x0:Tensor, prompts:list, d:Draw)->tuple: ...
@@ -173,8 +174,9 @@ class Distillation(nn.Module):
         with torch.no_grad():
             if pair is not None: zt, z_prev = pair.zt, pair.step(self.ddim, d.w)
             else: zt, z_prev = self.ask_teacher(z0, ctx, null, d)
-            with target_weights(): target = self.student(z_prev, t_prev, ctx, d.w)
-        x0 = self.student(zt, t, ctx, d.w)
+            with target_weights(), self.phase("target"):
+                target = self.student(z_prev, t_prev, ctx, d.w)
+        with self.phase("student"): x0 = self.student(zt, t, ctx, d.w)
         cd = cd_loss(x0, target, self.cfg.huber_c)                 # eq. 6
         j_img, j_vid, r_img, r_vid = self.rewards(x0, prompts, d)  # eq. 8 and 9
         loss = cd - self.cfg.beta_img * j_img - self.cfg.beta_vid * j_vid
@@ -190,7 +192,7 @@ def ask_teacher(self:Distillation,
                )->tuple:       # zt and z_prev, each `(b c t h w)`
     "Noise the latents, and let the teacher take one guided solver step (eq. 7)"
     zt = self.student.teacher.schedule.add_noise(z0, d.noise, self.ddim.t(d.index))
-    with self.student.as_teacher() as teacher:
+    with self.student.as_teacher() as teacher, self.phase("teacher"):
         return zt, guided_step(self.ddim, teacher.denoise, zt, d.index, d.w, ctx, null)
 
 @patch
@@ -206,13 +208,14 @@ def rewards(self:Distillation,
     need = [frames for frames, beta in wanted if beta]
     if not need: return zero, zero, zero, zero
     frames = torch.cat(need).unique()
-    x = teacher.decode(x0, frames)
+    with self.phase("decode"): x = teacher.decode(x0, frames)
     pick = lambda ids: x[:, :, torch.searchsorted(frames, ids)]
     j_img = r_img = j_vid = r_vid = zero
     if cfg.beta_img:
-        R = per_frame(self.image_reward, pick(d.image_frames), prompts)
+        with self.phase("image reward"):
+            R = per_frame(self.image_reward, pick(d.image_frames), prompts)
         j_img, r_img = objective(R, cfg.shape).mean(1), R.mean(1)
     if cfg.beta_vid:
-        r_vid = self.video_reward(pick(d.video_frames), prompts)
+        with self.phase("video reward"): r_vid = self.video_reward(pick(d.video_frames), prompts)
         j_vid = objective(r_vid, cfg.shape)
     return j_img, j_vid, r_img, r_vid

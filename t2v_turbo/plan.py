@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TEACHERS', 'CACHED', 'GB', 'RESERVE', 'SWITCHES', 'LOADING', 'NoWords', 'cast', 'teacher_on_meta', 'save_reward',
            'reward_on_meta', 'bytes_of', 'weights_of', 'optimizer_bytes', 'metered', 'Plan', 'planned_defaults',
-           'named_rewards', 'plan_of', 'predict', 'plan_rows', 'flags_of', 'plan_table', 'host_bytes', 'first_fit',
-           'precision_text']
+           'named_rewards', 'plan_of', 'Setup', 'predict', 'plan_rows', 'flags_of', 'plan_table', 'host_bytes',
+           'first_fit', 'precision_text']
 
 # %% ../nbs/35_plan.ipynb #4269a40a
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch as replaced
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
 from fastcore.basics import patch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel, CLIPTextConfig,
                           CLIPTextModel, UMT5Config, UMT5EncoderModel)
@@ -41,7 +40,6 @@ from .meter import Meter
 from .optimizer import OPTIMIZERS
 from .teachers.videocrafter2 import vc2_scheduler
 from .teachers.wan import WanTeacher, flow_scheduler, guided_wan
-
 
 
 # %% ../nbs/35_plan.ipynb #08613452
@@ -169,29 +167,10 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0., is_causal=False,
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
-@contextmanager
-def _phases(model, meter):
-    "Every part of the step notes itself; on `meta`, attention is fused"
-    teacher = model.student.teacher
-    lora = next(m for m in teacher.denoiser.modules() if isinstance(m, BaseTunerLayer))
-    def noted(f, name):
-        def run(*args, **kwargs):
-            kind = name or ("teacher" if lora.disable_adapters else
-                            "student" if torch.is_grad_enabled() else "target")
-            with meter.phase(kind): return f(*args, **kwargs)
-        return run
-    parts = [(teacher, "encode", "encode"), (teacher, "encode_text", "text"),
-             (teacher, "denoise", None), (teacher, "decode", "decode"),
-             (model.image_reward, "forward", "image reward"),
-             (model.video_reward, "forward", "video reward")]
-    with ExitStack() as undo:
-        for owner, f, name in parts:
-            if owner is None: continue
-            setattr(owner, f, noted(getattr(owner, f), name))
-            undo.callback(delattr, owner, f)
-        if teacher.device.type == "meta":
-            undo.enter_context(replaced.object(F, "scaled_dot_product_attention", _attention))
-        yield
+def _fused(device):
+    "A context in which attention is fused on `meta`, too"
+    if device.type != "meta": return nullcontext()
+    return replaced.object(F, "scaled_dot_product_attention", _attention)
 
 def optimizer_bytes(name:str, # of `make_optimizer`
                     params,   # what is trained, an iterable
@@ -223,19 +202,21 @@ def metered(model:Distillation, # on any device
         raise UserError(f"cached {cached!r}: give one of {', '.join(map(repr, CACHED))}")
     teacher, params = model.student.teacher, model.student.trainable().values()
     dev, prompts = teacher.device, [f"prompt {i}" for i in range(batch)]
-    with Meter(dev.type), torch.no_grad():      # what is on `meta` needs it to answer questions
+    with Meter(dev.type), torch.no_grad():      # on `meta` it answers for values
         ctx, null = (teacher.encode_text(p) for p in (prompts, [""]*batch)) # null: once for a run
     d = draw(model.cfg, (batch, *teacher.latent_shape), make_gen(0)).to(dev)
     d = replace(d, **_most_frames(model), window=None)
     for p in params: p.grad = None
     known = [*model.parameters(), *model.buffers(), d.noise, d.index, d.w, ctx, null]
-    with Meter(dev.type, known) as m, _phases(model, m):
+    with Meter(dev.type, known) as m, _fused(dev), replaced.object(model, "phase", m.phase):
         like = lambda: torch.rand_like(d.noise)
         pair = TeacherAnswer(like(), d.index, like(), like()) if cached == "pairs" else None
         if cached: z0 = None if pair else like()
         else:
-            z0 = teacher.encode(torch.rand(batch, *teacher.video_shape, device=dev))
-            ctx = teacher.encode_text(prompts)
+            clips = torch.rand(batch, *teacher.video_shape, device=dev)
+            with m.phase("encode"): z0 = teacher.encode(clips)
+            del clips
+            with m.phase("text"): ctx = teacher.encode_text(prompts)
         out = model(z0, ctx, null, prompts, d, pair=pair)
         with m.phase("backward"): out.loss.mean().backward()
     return m
@@ -299,34 +280,47 @@ def plan_of(model:Distillation,  # on any device, usually on `meta`
     return Plan(parts, m.phases, m.peak)
 
 # %% ../nbs/35_plan.ipynb #5722021a
-def predict(teacher:str="modelscope",  # of `teacher_on_meta`
-            rewards:tuple=None,        # at most one of images, one of videos
-            frames:int=None, size:tuple=None, # of a clip; the teacher's own by default
-            batch:int=1,               # clips a process
-            dtype:torch.dtype=torch.bfloat16, # of everything that is frozen
-            denoiser:bool=True,        # its parts are run again in backward, see `save_memory`
-            decode:int=1,              # frames decoded at once; 0: all, and kept
-            save_rewards:bool=True,    # see `save_reward`
-            cached:str="",             # see `plan_of`
-            optimizer:str="adamw",     # of `make_optimizer`
-            rank:int=None,             # of LoRA; the teacher's own if `None`
-            image_frames:int=None,     # that the image reward sees; the teacher's own if `None`
-           )->Plan:
-    "Memory of one training step, from names and sizes alone"
-    if batch < 1: raise UserError(f"batch is {batch}: give 1 or more clips")
-    own, made = planned_defaults(teacher), dict(image=None, video=None)
-    for n in named_rewards(own) if rewards is None else rewards:
-        reward = reward_on_meta(n, dtype, save_rewards)
-        kind = kind_of_reward(n)
+@dataclass(frozen=True)
+class Setup:
+    "What a plan is made for: names, sizes and switches"
+    teacher:str = "modelscope"  # of `teacher_on_meta`
+    rewards:tuple|None = None   # at most one of images, one of videos; the teacher's own if `None`
+    frames:int|None = None      # of a clip; the teacher's own if `None`
+    size:tuple|None = None      # of a clip, height and width; the teacher's own if `None`
+    batch:int = 1               # clips a process
+    dtype:torch.dtype = torch.bfloat16 # of everything that is frozen
+    denoiser:bool = True        # its parts are recomputed in backward, see `save_memory`
+    decode:int = 1              # frames decoded at once; 0: all, and kept
+    save_rewards:bool = True    # see `save_reward`
+    cached:str = ""             # see `plan_of`
+    optimizer:str = "adamw"     # of `make_optimizer`
+    rank:int|None = None        # of LoRA; the teacher's own if `None`
+    image_frames:int|None = None # that the image reward sees; the teacher's own if `None`
+
+    def __post_init__(self):
+        if self.batch < 1: raise UserError(f"batch is {self.batch}: give 1 or more clips")
+
+# %% ../nbs/35_plan.ipynb #e9d0b9dd
+def _rewards_on_meta(s, own):
+    "The image reward and the video reward of a setup, either may be `None`"
+    made = dict(image=None, video=None)
+    for n in named_rewards(own) if s.rewards is None else s.rewards:
+        reward, kind = reward_on_meta(n, s.dtype, s.save_rewards), kind_of_reward(n)
         if made[kind] is not None:
             raise UserError(f"{n} is a second {kind} reward: give one of each")
         made[kind] = reward
-    image, video = made.values()
+    return made.values()
+
+def predict(s:Setup, # names and sizes alone
+           )->Plan:
+    "Predict the memory of one training step"
+    own = planned_defaults(s.teacher)
+    image, video = _rewards_on_meta(s, own)
     cfg = Objective(beta_img=float(image is not None), beta_vid=float(video is not None),
-                    image_frames=image_frames or own.image_frames)
-    student = Student(teacher_on_meta(teacher, frames, size, dtype), rank or own.rank)
-    save_memory(student.teacher, denoiser, decode)
-    return plan_of(Distillation(student, cfg, image, video), batch, optimizer, cached)
+                    image_frames=s.image_frames or own.image_frames)
+    student = Student(teacher_on_meta(s.teacher, s.frames, s.size, s.dtype), s.rank or own.rank)
+    save_memory(student.teacher, s.denoiser, s.decode)
+    return plan_of(Distillation(student, cfg, image, video), s.batch, s.optimizer, s.cached)
 
 # %% ../nbs/35_plan.ipynb #52226129
 SWITCHES = (("everything in float32, kept", dict(dtype=torch.float32, denoiser=False, decode=0,
@@ -339,15 +333,15 @@ SWITCHES = (("everything in float32, kept", dict(dtype=torch.float32, denoiser=F
             ("teacher's answers cached too", dict(cached="pairs")),
             ("8-bit optimiser", dict(optimizer="adamw8bit")))
 
-def plan_rows(teacher:str="modelscope", # as all that follows: see `predict`
-              rewards:tuple=None,       # names
+def plan_rows(teacher:str="modelscope", # as all that follows: see `Setup`
+              rewards:tuple|None=None,  # names
               **options,                # `frames`, `size`, `batch`, `rank`, `image_frames`
              ):                         # yields `(what is switched on, Plan)`
-    "One switch after the other, each row with all those above it"
-    on = {}
+    "Predict one switch after the other, each row with all those above it"
+    setup = Setup(teacher, rewards, **options)
     for name, more in SWITCHES:
-        on |= more
-        yield name, predict(teacher, rewards, **on, **options)
+        setup = replace(setup, **more)
+        yield name, predict(setup)
 
 # %% ../nbs/35_plan.ipynb #17161776
 def flags_of(name:str, # a row of `SWITCHES`

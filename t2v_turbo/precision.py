@@ -25,7 +25,7 @@ def asked_precision()->str: # no, bf16 or fp16
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 class Precision:
-    "How a step computes: under which autocast, and by what its gradient is scaled"
+    "Autocast of a step, and the scale of its gradient"
     if TYPE_CHECKING: # written below
         def unscale(self, params)->None: ...
         def note(self, norm:float, skip:bool=False)->bool: ...
@@ -35,15 +35,13 @@ class Precision:
 
     def __init__(self,
                  model:nn.Module, # the whole step, with its rewards
-                 params:list,     # what trains, float32
+                 params=(),       # what trains, float32; none if it is sharded: call `unscale` then
                  asked:str="no",  # precision of the step: no, bf16 or fp16
-                 sharded:bool=False, # weights are sharded, so hooks do not fire: call `unscale`
                 ):
-        self.asked, self.sharded, self.inside = asked, sharded, False
+        self.asked, self.inside = asked, False
         self.scaled = asked == "fp16" or any(p.dtype == torch.float16 for p in model.parameters())
         self.scale, self.calm = START if self.scaled else 1., 0
-        if self.scaled and not sharded:
-            for p in params: p.register_hook(self._arrive)
+        for p in params if self.scaled else (): p.register_hook(self._arrive)
 
     def root(self,
              loss:Tensor, # of a step `(b,)`
@@ -67,8 +65,7 @@ def unscale(self:Precision,
              params, # what trains
             )->None:
     "Divide the gradients of sharded weights, which no hook has divided"
-    if not (self.scaled and self.sharded): return
-    for p in params:
+    for p in params if self.scaled else ():
         if p.grad is not None: p.grad.div_(self.scale)
 
 # %% ../nbs/32b_precision.ipynb #f301ecd8
@@ -77,7 +74,7 @@ def note(self:Precision,
           norm:float,     # of the gradient
           skip:bool=False, # the step is left out for another reason
          )->bool:         # whether the gradient overflowed because of the scale
-    "Adapt the scale to what a step gave"
+    "Adapt the scale to the gradient of a step"
     if not self.scaled or skip: return False
     if math.isfinite(norm):
         self.calm += 1
@@ -96,7 +93,7 @@ def state(self:Precision)->dict|None: # `None` where nothing is scaled
 def load(self:Precision,
           state:dict|None, # what `state` gave; older checkpoints have none
          )->None:
-    "Take over what `state` gave"
+    "Restore `state`"
     if self.scaled and state: self.scale, self.calm = state["scale"], state["calm"]
 
 # %% ../nbs/32b_precision.ipynb #bf9db7af

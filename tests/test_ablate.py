@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import pytest
 import shutil
 import signal
 import statistics
@@ -12,10 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal
-
-import pytest
-
-from t2v_turbo.ablate import (_devices, _parse, _run, AblateOptions, ablate, ablation_table, by_setting, cell_config, cell_name, cells, collect, frontier,
+from t2v_turbo.ablate import (AblateOptions, _devices, _parse, _run, ablate, ablation_table,
+                              by_setting, cell_config, cell_name, cells, collect, frontier,
                               read_table, run_cell)
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.checkpoints import Stopped
@@ -28,6 +27,8 @@ from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.config import objective_of
 from t2v_turbo.train import Config
 from t2v_turbo.watch import WatchOptions
+
+
 
 NBS = Path(__file__).parents[1] / "nbs"
 LOOKS = WatchOptions(eval_every=0)

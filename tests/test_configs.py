@@ -210,10 +210,10 @@ t = Trainer(Config(out=sys.argv[1], steps=4, batch=4, rank=2, save_every=100, em
 assert t.sharded and hasattr(t.params[1], "placements")
 seen = []
 for row in t.fit():
-    local = [p.to_local().clone() for p in (*t.params, *t.ema.shadow_params)]
+    local = [p.to_local().clone() for p in (*t.params, *t.engine.ema.shadow_params)]
     moved = bool(seen) and not all(map(torch.equal, seen[-1], local))
     seen.append(local)
-    steps = {int(s["step"]) for s in t.opt.optimizer.state.values()}
+    steps = {int(s["step"]) for s in t.engine.opt.optimizer.state.values()}
     told = [None] * 2
     dist.all_gather_object(told, (moved, row["skipped"], t.in_a_row, sorted(steps), row["loss"] == row["loss"]))
     if t.accelerator.is_main_process: print("step", row["step"], *told, sep="|", flush=True)

@@ -1,29 +1,29 @@
 "A teacher brings its own settings, a student its own sampling; commands and Python agree"
 import ast
 import json
+import pytest
 import re
+import t2v_turbo
+import torch
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-
-import pytest
-import torch
-
-import t2v_turbo
-from t2v_turbo import cli, train
+from t2v_turbo import cli, config, train
 from t2v_turbo.cli import main
 from t2v_turbo.core import write_video
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
-from t2v_turbo.saved import save_student
 from t2v_turbo.student import Student
 from t2v_turbo.suites import by_teacher
 from t2v_turbo.teachers import folders
-from t2v_turbo.standins import tiny_modelscope, tiny_wan
 from t2v_turbo.teachers.folders import DEFAULTS, Defaults, defaults_of, in_tiny_world, load_teacher
 from t2v_turbo.teachers.wan import save_wan
 from t2v_turbo.config import check_rewards, lr_at, objective_of
 from t2v_turbo.train import Config, Trainer
+from t2v_turbo.saved import save_student
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
+
+
 
 BRINGS = [f.name for f in fields(Objective) if f.name in {f.name for f in fields(Defaults)}]
 
@@ -136,13 +136,13 @@ def test_the_learning_rate_of_each_step(tmp_path):
     rates = {}
     for how in ("linear", "constant"):
         t, rates[how] = Trainer(Config(out=str(tmp_path / how), steps=4, batch=1, rank=1, track="", lr=8e-4, lr_schedule=how)), []
-        for _ in t.fit(): rates[how].append(t.opt.param_groups[0]["lr"])
+        for _ in t.fit(): rates[how].append(t.engine.opt.param_groups[0]["lr"])
         assert rates[how] == [lr_at(t.cfg, n) for n in range(4)]
     assert rates["constant"] == [8e-4] * 4 and rates["linear"] == pytest.approx([8e-4, 6e-4, 4e-4, 2e-4])
 
 
 def test_the_precision_of_the_device(monkeypatch):
-    monkeypatch.setattr(train, "pick_dtype", lambda device=None: torch.float16)
+    monkeypatch.setattr(config, "pick_dtype", lambda device=None: torch.float16)
     assert Config().dtype == "float16" and Config(dtype="bfloat16").dtype == "bfloat16" and told().dtype == "float16"
 
 

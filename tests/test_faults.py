@@ -260,7 +260,7 @@ def one_step(self, feed):
 def gone(self, feed):
     if what == "gone" and self.step == 3 and self.accelerator.process_index == 1:
         feed.close(); Path(shard).rename(shard + ".away")
-        return read(self, train.Prefetch(self.source, self.cfg.batch, self.rows(), 3, 4))
+        return read(self, train.Prefetch(self.source, self.cfg.batch, self.rows, 3, 4))
     return read(self, feed)
 train.Trainer.one_step, train.Trainer.read = one_step, gone
 sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2v_turbo import cli, train
 from t2v_turbo.files import UserError
-from t2v_turbo.plan import (GB, RESERVE, SWITCHES, Plan, _phases, bytes_of, flags_of, metered, optimizer_bytes, plan_table, predict,
+from t2v_turbo.plan import (GB, RESERVE, SWITCHES, Plan, Setup, bytes_of, flags_of, metered, optimizer_bytes, plan_table, predict,
                             reward_on_meta, save_reward, teacher_on_meta, weights_of)
 from t2v_turbo.rewards.names import FACTS
 from t2v_turbo.meter import Meter
@@ -38,11 +38,12 @@ def test_meta_counts_what_a_cpu_counts(kind, switches):
     assert meta.flops == real.flops > 0
 
 
-def test_nothing_is_left_patched():
+def test_nothing_is_left_patched(monkeypatch):
     model = bench.build(SMALL["unet"] | dict(denoiser=True, decode=1), "meta")
-    before, attention = dict(vars(model.student.teacher)), torch.nn.functional.scaled_dot_product_attention
-    with pytest.raises(ZeroDivisionError), Meter("meta") as m, _phases(model, m): 1/0
-    assert vars(model.student.teacher).keys() == before.keys()
+    monkeypatch.setattr(model.image_reward, "forward", lambda frames, prompts: 1/0)
+    before, attention = dict(vars(model)), torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(ZeroDivisionError): metered(model)
+    assert vars(model).keys() == before.keys()
     assert torch.nn.functional.scaled_dot_product_attention is attention
 
 
@@ -102,7 +103,7 @@ def test_shared_storages_count_once():
 
 
 def test_the_goal_at_full_size():
-    plan = predict("modelscope", ("hpsv2.1", "viclip-l14"))
+    plan = predict(Setup("modelscope", ("hpsv2.1", "viclip-l14")))
     assert plan.weights["denoiser"] == pytest.approx(2*1.411e9, rel=.01)
     assert plan.total/GB + RESERVE < 24 and plan.highest == "backward"
     assert plan.gb()["total"] == pytest.approx(sum(v for k, v in plan.gb().items() if k in plan.weights or k.startswith("peak")))
@@ -110,15 +111,15 @@ def test_the_goal_at_full_size():
 
 def test_a_cache_takes_the_text_encoder_away():
     "Wan's encoder asks whether its mask is full, which `meta` cannot answer by itself"
-    plain, cached = (predict("wan2.1-1.3b", ("hpsv2.1",), 13, (32, 32), cached=c, image_frames=2) for c in ("", "latents"))
+    plain, cached = (predict(Setup("wan2.1-1.3b", ("hpsv2.1",), 13, (32, 32), cached=c, image_frames=2)) for c in ("", "latents"))
     assert plain.weights["text"] > 0 == cached.weights["text"]
     assert sum(v["flops"] for v in plain.phases.values()) > sum(v["flops"] for v in cached.phases.values())
 
 
 def test_two_rewards_of_a_kind_and_an_unknown_optimizer():
-    with pytest.raises(UserError, match="clipscore is a second image reward"): predict("tiny", ("tiny-image", "clipscore"))
+    with pytest.raises(UserError, match="clipscore is a second image reward"): predict(Setup("tiny", ("tiny-image", "clipscore")))
     with pytest.raises(UserError, match="optimizer 'sgd' is unknown"): optimizer_bytes("sgd", [])
-    with pytest.raises(UserError, match="batch is 0: give 1 or more clips"): predict("tiny", ("tiny-image",), batch=0)
+    with pytest.raises(UserError, match="batch is 0: give 1 or more clips"): Setup("tiny", ("tiny-image",), batch=0)
 
 
 def test_table_names_the_first_row_that_fits():

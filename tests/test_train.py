@@ -189,7 +189,7 @@ def test_the_null_prompt_is_encoded_once(tmp_path, monkeypatch, where):
     for forget in (False, True):
         t = Trainer(Config(out=str(tmp_path / f"o{forget}"), **more))
         terms = t.terms
-        def anew(*args): t.null.clear(); return terms(*args)
+        def anew(*args): t.contexts.nulls.clear(); return terms(*args)
         if forget: t.terms = anew
         rows.append([(r["loss"], r["grad_norm"]) for r in t.fit()])
         assert asked.pop("") == (3 * 2 * 2 if forget else 2) and sum(asked.values()) == 3 * 4
@@ -205,7 +205,7 @@ def test_the_student_is_not_called_with_the_targets_copies(tmp_path, monkeypatch
         t = Trainer(Config(out=str(tmp_path / precision), batch=2, rank=2, ema=.5, track="", objective=Objective(beta_img=0., beta_vid=0.)))
         assert t.accelerator.mixed_precision == precision
         gen = make_gen(3)
-        for p in t.ema.shadow_params: p.add_(.1 * torch.randn(p.shape, generator=gen))
+        for p in t.engine.ema.shadow_params: p.add_(.1 * torch.randn(p.shape, generator=gen))
         return t.backward()["cd"], torch.cat([p.grad.flatten() for p in t.params])
     try: (a, ga), (b, gb) = step("no"), step("bf16")
     finally: monkeypatch.undo(); AcceleratorState._reset_state(True)
@@ -246,7 +246,7 @@ def test_float16_gradients(tmp_path, layout):
     make = lambda dtype: stirred(Trainer(Config(out=str(tmp_path / dtype), dtype=dtype, rank=4, batch=1, track="", **more,
                                                 objective=Objective(beta_img=b, beta_vid=b))))
     want, half = gradients(make("float32"))["own"], make("float16")
-    assert half.precision.scaled and {p.dtype for p in half.params} == {torch.float32}
+    assert half.engine.precision.scaled and {p.dtype for p in half.params} == {torch.float32}
     for name, got in gradients(half).items():
         a, c = (torch.cat([v.flatten() for v in x.values()]) for x in (want, got))
         assert torch.cosine_similarity(a, c, 0) > .99 and .98 < c.norm() / a.norm() < 1.02, name
@@ -257,7 +257,7 @@ def test_float16_gradients_need_their_scale(tmp_path):
     "The test above would fail without it"
     t = stirred(Trainer(Config(out=str(tmp_path / "o"), teacher=str(tiny_modelscope(tmp_path / "ms")), frames=8, height=32, width=32,
                                dtype="float16", rank=4, batch=1, track="", objective=Objective(beta_img=0., beta_vid=0.))))
-    t.precision.scale = 1.
+    t.engine.precision.scale = 1.
     got = gradients(t)["wan"]
     assert sum(not g.any() for g in got.values()) > 4
 
@@ -265,7 +265,7 @@ def test_float16_gradients_need_their_scale(tmp_path):
 def test_other_precisions_are_not_scaled(tmp_path):
     for dtype in ("float32", "bfloat16"):
         t = Trainer(Config(out=str(tmp_path / dtype), dtype=dtype, rank=2, batch=1, track="", objective=Objective(beta_img=0., beta_vid=0.)))
-        assert not t.precision.scaled and not any(p._backward_hooks for p in t.params) and t.state()["scale"] is None
+        assert not t.engine.precision.scaled and not any(p._backward_hooks for p in t.params) and t.state()["scale"] is None
 
 
 def test_a_loss_beside_the_step_is_not_divided(tmp_path):
@@ -285,7 +285,7 @@ def test_mixed_precision_fp16(tmp_path, monkeypatch):
         return t, t.backward()["loss"], torch.cat([p.grad.flatten() for p in t.params])
     try: (_, a, ga), (t, b, gb) = step("no"), step("fp16")
     finally: monkeypatch.undo(); AcceleratorState._reset_state(True)
-    assert t.precision.scaled and t.accelerator.scaler is None
+    assert t.engine.precision.scaled and t.accelerator.scaler is None
     assert 0 < abs(a - b) < .01 * abs(a) and torch.cosine_similarity(ga, gb, dim=0) > .99
 
 
@@ -333,7 +333,7 @@ def test_a_gradient_that_is_too_large_at_any_scale_ends_the_run(tmp_path, monkey
     t = Trainer(Config(out=str(tmp_path), steps=9, batch=2, rank=2, max_skipped=2, dtype="float16", track="",
                        objective=Objective(beta_img=0., shape="raw")), video_reward=huge)
     with pytest.raises(UserError, match="no finite loss in 2 steps in a row, now step 4"): list(t.fit())
-    assert t.skipped == 4 and t.precision.scale == 1
+    assert t.skipped == 4 and t.engine.precision.scale == 1
 
 
 # ---- to the very end, with the options that one gets without asking
