@@ -53,7 +53,8 @@ def fitting(name:str,      # of a setting, for the sentence
     "Raise `UserError` if a setting cannot take a value"
     types, said = KINDS[kind]
     if choices and value not in choices:
-        raise UserError(f"{name} {value!r}: give one of {', '.join(map(str, choices))}")
+        listed = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+        raise UserError(f"{name} {value!r}: give {listed}")
     if not isinstance(value, types): raise UserError(f"{name} is {value!r}: give {said}")
     return value
 

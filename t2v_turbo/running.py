@@ -6,9 +6,9 @@
 __all__ = ['ABLATE', 'ABLATE_SETS', 'DistillOptions', 'weights_in_words', 'read_config', 'for_distill', 'for_ablate', 'distill',
            'train', 'samplers', 'report', 'ablate']
 
-# %% ../nbs/49d_running.ipynb #b3bcff9e
+# %% ../nbs/49d_running.ipynb #fcb1e772
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from .files import UserError, at_least, typed

@@ -17,7 +17,8 @@ from t2v_turbo.ablate import (_devices, AblateOptions, ablate, ablation_table, b
                               read_table, run_cell)
 from t2v_turbo.caches import build_cache
 from t2v_turbo.checkpoints import Stopped
-from t2v_turbo.cli import main, parser, read_config
+from t2v_turbo.cli import main, parser
+from t2v_turbo.running import read_config
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
 from t2v_turbo.teachers.folders import load_teacher, tiny_modelscope

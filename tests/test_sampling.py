@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from t2v_turbo.cli import SampleOptions, run, sample
+from t2v_turbo.cli import run
+from t2v_turbo.using import SampleOptions, sample
 from t2v_turbo.consistency import consistency_fn, few_step_grid, w_embedding
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
