@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'TYPES', 'SAID', 'defined', 'Option', 'help_of', 'taken_from', 'constant', 'declared', 'Verb', 'options_of',
-           'located', 'add_option', 'add_options', 'nearest', 'Parser', 'parser_of', 'made', 'objects_of',
+           'located', 'Flag', 'add_option', 'add_options', 'nearest', 'Parser', 'parser_of', 'made', 'objects_of',
            'check_sampling', 'check_seed', 'named']
 
 # %% ../nbs/49_options.ipynb #5cfcdc52
@@ -163,6 +163,15 @@ def located(where:str, # "module:name", or "module:Class.method"
 # %% ../nbs/49_options.ipynb #e27c5f24
 SAID = {int: "a whole number", float: "a number"}
 
+class Flag(argparse.BooleanOptionalAction):
+    "`--name` and `--no-name`, with a value of the type that the setting has"
+    def __init__(self, *args, kind=bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.kind = kind
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, self.kind(not option_string.startswith("--no-")))
+
 def _reader(o):
     "How a word of the command line becomes a value"
     def read(word):
@@ -176,9 +185,7 @@ def add_option(to,       # a parser, or a group of one
               )->None:
     "One argument; what is not given is not in the namespace"
     about:dict = dict(help=help_of(o).replace("%", "%%"), default=argparse.SUPPRESS)
-    if o.flag:
-        to.add_argument(f"--{o.name}", action=argparse.BooleanOptionalAction, **about)
-        return
+    if o.flag: to.add_argument(f"--{o.name}", action=Flag, kind=o.kind, **about); return
     about |= dict(type=_reader(o), metavar=o.name if o.place else o.metavar)
     if o.kind is tuple: about["nargs"] = "+" if o.default is MISSING else "*"
     elif o.place and o.default is not MISSING: about["nargs"] = "?"
@@ -244,7 +251,7 @@ def _words(self:Parser, args):
         name, given, value = word.partition("=")
         if not word.startswith("--"): out.append(word); continue
         if name not in known: self.error(f"no option {name}" + nearest(name, known))
-        if not isinstance(known[name], argparse.BooleanOptionalAction): out.append(word); continue
+        if not isinstance(known[name], Flag): out.append(word); continue
         if not given and args and args[0] in ("0", "1"): given, value = "=", args.pop(0)
         if given and value not in ("0", "1"): self.error(f"{word}: give {name} or --no-{name[2:]}")
         out.append(f"--no-{name[2:]}" if value == "0" else name)
@@ -291,8 +298,7 @@ def objects_of(v:Verb,      # a command
                values:dict, # name: value; what is missing has its default
               )->tuple:     # one for each class
     "What a command's function is called with"
-    known = {o.name: o for o in options_of(v)}
-    own = {k: known[k].kind(x) if known[k].flag else x for k, x in (dict(v.own) | values).items()}
+    own = dict(v.own) | values
     if v.make: return located(v.make)(own)
     return tuple(made(located(c), own) for c in v.classes)
 
