@@ -18,7 +18,7 @@ from t2v_turbo.ablate import (AblateOptions, _devices, _parse, _run, ablate, abl
                               read_table, run_cell)
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.checkpoints import Stopped
-from t2v_turbo.cli import main, parser
+from t2v_turbo.cli import main, read
 from t2v_turbo.running import read_config
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
@@ -66,7 +66,7 @@ def test_every_teacher_brings_its_own_settings(tmp_path):
     "What the user gave holds in every cell; the rest is that of the cell's teacher, also after the way to another process"
     ms = str(tiny_modelscope(tmp_path / "ms"))
     o = AblateOptions(over=f"teacher=tiny,{ms}", seeds="0")
-    told = read_config(parser("ablate").parse_args(["ablate", "--rank", "8", "--w_max", "40", "--out", str(tmp_path / "o")]))
+    told = read_config(read(["ablate", "--rank", "8", "--w_max", "40", "--out", str(tmp_path / "o")])[1])
     for cfg in (told, Config(rank=8, objective=objective_of("tiny", w_max=40.)), pickle.loads(pickle.dumps(told))):
         a, b = (cell_config(cfg, c) for c in cells(o, cfg))
         assert (a.rank, a.objective.w_max, b.rank, b.objective.w_max) == (8, 40., 8, 40.)
