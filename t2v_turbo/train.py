@@ -389,7 +389,7 @@ def rows(self:Trainer)->slice: # of the batch, those that this process works on
 
 @patch
 def terms(self:Trainer,
-          x,             # clips `(b 3 t h w)`, latents `(b c t h w)` or a `TeacherAnswer`, by the source
+          x,             # clips `(b 3 t h w)`, latents `(b c t h w)` or `TeacherAnswer`s
           prompts:list,  # captions, `list[str]`, length b
           d,             # their `Draw`
          )->StepOut:     # per clip, with gradient
