@@ -132,7 +132,7 @@ class TeacherAnswer:
     zt:Tensor    # noisy latents (b ...)
     index:Tensor # grid points (b,) int64
     v:Tensor     # velocity with the prompt, like zt
-    slope:Tensor # velocity with the prompt minus velocity without it; w multiplies this
+    slope:Tensor # like `v`: velocity with the prompt minus without it; w multiplies this
 
     def step(self, ddim:DDIM, w:Tensor)->Tensor:
         "The guided solver step to `ddim.t_prev(index)` for any w (b,), T2V-Turbo eq. 7"
