@@ -109,7 +109,7 @@ def student_rows(a, rows):
     from t2v_turbo.core import make_gen
     from t2v_turbo.evaluate import Sampler
     from t2v_turbo.pipeline import sample_student
-    from t2v_turbo.student import load_student
+    from t2v_turbo.saved import load_student
     for v in a.variants:
         for seed, run in enumerate(runs(a, v)):
             student = load_student(run / "student")
@@ -121,7 +121,7 @@ def write_clips(a):
     from safetensors.torch import save_file
     from t2v_turbo.core import make_gen
     from t2v_turbo.pipeline import sample_student
-    from t2v_turbo.student import load_student
+    from t2v_turbo.saved import load_student
     from t2v_turbo.world import caption, combos
     prompts = [caption(*c) for c in combos("heldout")[[1, 9, 15, 20]].tolist()]
     clips = sample_student(load_student(runs(a, "turbo (both)")[0] / "student"), prompts, make_gen(0), 4, a.w)

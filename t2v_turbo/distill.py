@@ -166,7 +166,7 @@ class Distillation(nn.Module):
                 prompts:list,  # captions, `list[str]`
                 d:Draw,        # the step's random numbers
                 target_weights=nullcontext, # context in which the student is the target
-                pair:TeacherAnswer|None=None, # the teacher's answers from a cache, not `z0` and `null`
+                pair:TeacherAnswer|None=None, # from a cache; then `z0` and `null` are not used
                )->StepOut:
         "L = L_CD - beta_img J_img - beta_vid J_vid (eq. 10), per sample"
         index = d.index if pair is None else pair.index            # a cache keeps its own

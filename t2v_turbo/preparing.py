@@ -73,7 +73,7 @@ class ConvertLora:
     @whole_or_nothing()
     def run(self):
         "Convert it"
-        from t2v_turbo.teachers.base import new_folder
+        from t2v_turbo.teachers.loading import new_folder
         from t2v_turbo.teachers.folders import local_folder
         from t2v_turbo.teachers.published import convert_lora, read_lora
         new_folder(self.out); read_lora(self.source)   # refused before a base model is fetched
@@ -144,8 +144,9 @@ def _cache_teacher(o, device):
 def cache(o:CacheOptions, # what to compute
          )->None:
     "Compute what is missing of a cache"
-    from t2v_turbo.caches import build_cache, open_cache, open_texts
-    from t2v_turbo.streams import open_source
+    from t2v_turbo.data.build import build_cache
+    from t2v_turbo.data.cache import open_cache, open_texts
+    from t2v_turbo.data.sources import open_source
     from t2v_turbo.suites import processes
     from t2v_turbo.teachers.folders import defaults_of
     own, state = defaults_of(o.teacher), processes()     # refuses a teacher before it is loaded

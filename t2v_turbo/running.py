@@ -43,7 +43,8 @@ def weights_in_words(o, # an `Objective`
 def read_config(values:dict, # name: value, of `Config` and of `Objective`; others are left alone
                ): # `train.Config`
     "The settings of a training; what is not given is left to the teacher"
-    from t2v_turbo.train import Config, Objective, objective_of
+    from t2v_turbo.config import objective_of
+    from t2v_turbo.train import Config, Objective
     names = {f.name for f in fields(Objective)}
     given = {k: v for k, v in values.items() if k in names and v is not None}
     objective = objective_of(values.get("teacher", Config.teacher), **given)
@@ -73,7 +74,8 @@ def distill(cfg=None,     # a `train.Config`
     from t2v_turbo.checkpoints import claim_together
     from t2v_turbo.rewards.names import reward_named
     from t2v_turbo.rewards.tiny import REWARD_KINDS
-    from t2v_turbo.train import Config, Trainer, warn_of_words
+    from t2v_turbo.config import warn_of_words
+    from t2v_turbo.train import Config, Trainer
     from t2v_turbo.watch import WatchOptions, look_every, look_prompts
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()
     given = cfg
@@ -97,7 +99,7 @@ def train(trainer, # a `Trainer`, in a folder that is claimed
          )->int|None: # step of the look that was kept, where a hacked run was stopped
     "Train to the last step; a collective: call it on every process"
     from t2v_turbo import watch as watching
-    from t2v_turbo.data import reasons
+    from t2v_turbo.data.clips import reasons
     cfg, acc = trainer.cfg, trainer.accelerator
     if acc.is_main_process:
         if resumed: print(f"resumed at step {trainer.step} of {cfg.steps}")
@@ -124,7 +126,7 @@ def samplers(student,       # the one just trained
     from t2v_turbo.core import make_gen
     from t2v_turbo.evaluate import Sampler
     from t2v_turbo.pipeline import sample_student, sample_teacher
-    from t2v_turbo.student import load_student
+    from t2v_turbo.saved import load_student
     from t2v_turbo.teachers.folders import defaults_of, load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
     from t2v_turbo.using import sampling_of_student
@@ -147,8 +149,10 @@ def report(trainer, # a trained `Trainer`
            best:int|None=None, # step of the look that was kept; `None`: the last step
           )->dict:  # rows, and the paths of what was written
     "Judge all samplers, print the table, write `results.json` and `report.html`"
-    from t2v_turbo.evaluate import evaluate, load_judges, print_table, write_report
-    from t2v_turbo.student import load_student
+    from t2v_turbo.evaluate import evaluate, print_table
+    from t2v_turbo.judges import load_judges
+    from t2v_turbo.report import write_report
+    from t2v_turbo.saved import load_student
     from t2v_turbo.teachers.folders import SHIPPED
     from t2v_turbo.watch import read_rows
     from t2v_turbo.world import caption, combos

@@ -85,7 +85,7 @@ def sample(o:SampleOptions=SampleOptions(), # what to sample
           )->list:                          # paths of the videos
     "Sample a student and write mp4 or gif files"
     from t2v_turbo.core import as_dtype, make_gen, pick_device, write_video
-    from t2v_turbo.data import read_prompts
+    from t2v_turbo.data.tables import read_prompts
     from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.teachers.tiny import WEIGHTS
     if Path(o.out).is_file(): raise UserError(f"out {o.out!r} is a file: give a folder")
@@ -127,7 +127,7 @@ class EvaluateOptions:
 def judged_student(folder, # of a student
                   ):       # a `Student` of the tiny world
     "Load a student that the shipped judges can judge; refuse any other before it is loaded"
-    from t2v_turbo.student import load_student, read_student
+    from t2v_turbo.saved import load_student, read_student
     from t2v_turbo.teachers.folders import in_tiny_world
     name = read_student(folder)[0]["teacher"]            # a damaged one is refused here
     if not in_tiny_world(name): raise UserError(
@@ -140,7 +140,8 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # what to judge
     "Judge a student beside its teacher in as many steps"
     from t2v_turbo.core import make_gen
     from t2v_turbo.files import write_json
-    from t2v_turbo.evaluate import Sampler, evaluate as judged, load_judges, print_table
+    from t2v_turbo.evaluate import Sampler, evaluate as judged, print_table
+    from t2v_turbo.judges import load_judges
     from t2v_turbo.pipeline import sample_student, sample_teacher
     from t2v_turbo.teachers.folders import load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS
@@ -196,7 +197,7 @@ def _suite_sampler(o, device):
     "How the videos of a suite are sampled: the function, its settings, frames a second"
     from t2v_turbo.core import as_dtype
     from t2v_turbo.pipeline import T2VTurboPipeline
-    from t2v_turbo.student import content_id
+    from t2v_turbo.identity import content_id
     from t2v_turbo.suites import by_student, by_teacher
     from t2v_turbo.teachers.folders import defaults_of, load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS

@@ -16,7 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVision
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..core import clips_of, frames_of
-from .base import CosineReward, Facts
+from .base import Facts
+from .cosine import CosineReward
 from .loading import IMAGENET_STATS, crop, fetch, normalise
 from ..text import clip_merges, clip_tokenizer
 from ..weights import (block_rows, convert, depth, fill, read_weights, size_of,
