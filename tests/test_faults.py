@@ -20,10 +20,12 @@ import t2v_turbo.checkpoints as checkpoints
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.data.cache import open_cache
 from t2v_turbo.checkpoints import Checkpoints, claim, claim_together
+from t2v_turbo.cli import main
 from t2v_turbo.files import UserError, atomic, sweep
 from t2v_turbo.data.shards import Shards
 from t2v_turbo.data.tars import write_shards
 from t2v_turbo.teachers.tiny import load_teacher, save_teacher
+from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.world import World
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
