@@ -9,7 +9,7 @@ import hub
 import pytest
 
 from t2v_turbo.files import UserError
-from t2v_turbo.hub import fetch_file, fetch_folder, in_words, pick, wanted, weight_sets
+from t2v_turbo.hub import fetch_file, in_words, pick, wanted, weight_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
@@ -36,6 +36,7 @@ def fetched(out): return json.loads(out.splitlines()[-1])
 
 
 FETCH = """
+from t2v_turbo.hub import fetch_folder
 at = fetch_folder({name!r}{more})
 print(json.dumps(sorted(p.relative_to(at).as_posix() for p in at.rglob("*") if p.is_file())))
 """
@@ -154,6 +155,7 @@ def test_a_revision_is_kept(served, tmp_path):
 
 def test_one_file(served, tmp_path):
     code = """
+from t2v_turbo.hub import fetch_file
 print(fetch_file("owner/model/old.ckpt").read_bytes() == b"old.ckpt"*80, told(fetch_file, "owner/model/old.ckp"), told(fetch_file, "owner/none/a.pt"), sep="|")
 """
     same, near, none = run(served, tmp_path/"home", code)[0].split("|")
@@ -221,6 +223,7 @@ def test_an_interrupted_download_goes_on(served, tmp_path, then):
 def test_a_disk_without_room(served, tmp_path):
     code = """
 import shutil
+from t2v_turbo import hub
 hub.shutil.disk_usage = lambda at: shutil._ntuple_diskusage(9, 9, 9)
 print(told(hub.fetch_folder, "owner/model"))
 """
@@ -264,6 +267,7 @@ def test_teachers(world, tmp_path):
     ms = "ali-vilab/text-to-video-ms-1.7b"
     code = f"""
 import torch
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.saved import load_student, save_student
 from t2v_turbo.student import Student
 half = load_teacher("{ms}", dtype=torch.float16, frames=4)
@@ -276,6 +280,8 @@ save_student(Student(half, rank=2), "{tmp_path}/s")
     assert weights == {"unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"}
     code = f"""
 import torch
+from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.saved import load_student
 again = load_teacher("{ms}", frames=4)                     # what there is of it, without a network
 print(again.denoiser.dtype, load_student("{tmp_path}/s", load_teacher("{ms}", dtype=torch.float16, frames=4)).teacher.name)
 print(told(load_teacher, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
@@ -312,8 +318,8 @@ def test_rewards(world, tmp_path):
     (tmp_path/"merges.txt").write_text("#version\n")
     code = f"""
 import torch
-from t2v_turbo.rewards import clip, imagereward, loading, names, viclip
 from t2v_turbo.identity import differing, reward_identity
+from t2v_turbo.rewards import clip, imagereward, loading, names, viclip
 x, words, v = torch.rand(1, 3, 2, 40, 40), ["ab"], "{tmp_path}/merges.txt"
 for rm in (clip.hpsv2(vocabulary=v), clip.clipscore(), clip.pickscore(dtype=torch.float32)): print(rm.facts.name, tuple(rm(x, words).shape))
 torch.save(dict(weight=torch.ones(1, 24), bias=torch.zeros(1)), "{tmp_path}/head.pth")
