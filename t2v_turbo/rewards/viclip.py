@@ -116,7 +116,7 @@ VICLIP_B = Facts("viclip-b16", 8, 32, 224, "Apache-2.0",
 
 def viclip_sizes(state:dict,     # name: tensor, as published
                  heads:tuple=(), # of the image and the text tower; `()`: of 64 channels
-                 what:str="ViCLIP", # how an error calls the weights
+                 what:str="ViCLIP", # how an error names the model
                 )->tuple[CLIPVisionConfig, CLIPTextConfig]:
     "The sizes of both towers, read from the tensors"
     size = lambda k: size_of(state, k, what)
