@@ -20,7 +20,7 @@ from .options import Verb, objects_of, options_of, parser_of, located
 from .recipes import STARTS, chosen
 from .running import ABLATE, ABLATE_SETS
 
-# %% ../nbs/50_cli.ipynb #a566d5a6
+# %% ../nbs/50_cli.ipynb #5fa8f302
 TRAINING = (("start from", "recipe config"),
             ("what to train on", "teacher variant fps scale_x0 frames height width data texts "
                                  "missing mix workers"),
@@ -67,7 +67,7 @@ VERBS = (
          ("preparing:PlanOptions",)),
 )
 
-# %% ../nbs/50_cli.ipynb #40e52c3d
+# %% ../nbs/50_cli.ipynb #53107c2d
 VERBS += (
     *(Verb(f"convert {name}", help, f"preparing:{cls}.run", (f"preparing:{cls}",))
       for name, cls, help in (
@@ -151,7 +151,7 @@ def main(argv:list|None=None, # arguments, `sys.argv[1:]` by default
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
 
-# %% ../nbs/50_cli.ipynb #e2a223e8
+# %% ../nbs/50_cli.ipynb #f458e95b
 def _words(verb):
     "What a shell completes for a command: options, positional words, and values by option"
     options = (*options_of(verb), *(STARTS if verb.training else ()))
@@ -169,7 +169,7 @@ def _case(verb):
     inner = f'\n        case "$prev" in{known}\n        esac' if known else ""
     return f'    {match})\n        flags="{flags}"; words="{places}"{inner} ;;'
 
-# %% ../nbs/50_cli.ipynb #eba927bb
+# %% ../nbs/50_cli.ipynb #b1ee9f67
 BASH = """_t2v_turbo() {
     local cur="${COMP_WORDS[COMP_CWORD]}" prev="${COMP_WORDS[COMP_CWORD-1]}"
     local flags="--help --version" words="TOP" values=""

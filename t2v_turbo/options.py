@@ -164,7 +164,7 @@ def located(where:str, # "module:name", or "module:Class.method"
 SAID = {int: "a whole number", float: "a number"}
 
 class Flag(argparse.BooleanOptionalAction):
-    "`--name` and `--no-name`, with a value of the type that the setting has"
+    "A setting switched on or off, as a value of its own type"
     def __init__(self, *args, kind=bool, **kwargs):
         super().__init__(*args, **kwargs)
         self.kind = kind
@@ -227,7 +227,7 @@ class Parser(argparse.ArgumentParser):
                      f"{'?' if message.endswith('?') else ';'} see {self.prog} --help\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        "Refuse unknown options by name, and read `--flag 1` as `--flag`"
+        "Refuse unknown options by name, and read a flag with 0 or 1 as one word"
         import sys
         args = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args if self._subparsers else self._words(args), namespace)

@@ -4,9 +4,9 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from t2v_turbo import running
+from t2v_turbo import ablate as grids, running
 from t2v_turbo.cli import VERBS, main, read
-from t2v_turbo.files import UserError
+from t2v_turbo.files import UserError, write_json
 from t2v_turbo.options import options_of
 from t2v_turbo.recipes import RECIPES, left_to_teacher
 from t2v_turbo.running import read_config
@@ -137,20 +137,26 @@ def test_a_file_by_hand_may_name_its_folder(tmp_path):
     assert read_config(values("distill", "--config", tmp_path / "s.json")).lr == Config().lr
 
 
-def test_ablate_takes_its_own_settings(tmp_path, capsys):
-    "And refuses those of `distill` that it does not have, by name"
+def test_ablate_takes_its_own_settings(tmp_path, capsys, monkeypatch):
+    "And refuses those of `distill` that it does not have, by name; the grid itself is run in the notebook"
     a, b = tmp_path / "a", tmp_path / "b"
-    small = "--steps 1 --batch 1 --rank 1 --seeds 0 --jobs 1 --clips_each 1".split()
-    assert main(["ablate", *small, "--over", "beta_img=0", "--out", str(a)]) == 0
+    def grid(cfg, o, looks): write_json(cfg.out + "/ablation.json", {}); return []
+    monkeypatch.setattr(grids, "ablate", grid)
+    monkeypatch.setattr(grids, "ablation_table", lambda rows: "")
+    assert main(["ablate", *"--steps 1 --seeds 0 --jobs 1 --clips_each 1 --over beta_img=0 --out".split(), str(a)]) == 0
+    capsys.readouterr()
     held = json.loads((a / "settings.json").read_text())
     assert held["command"] == "ablate" and held["settings"].keys() == OPTIONS["ablate"].keys()
     assert "add --out DIR" in sentence(capsys, "ablate", "--config", a)
     got = values("ablate", "--config", a, "--out", b, "--clips_each", 2)
     assert got == held["settings"] | dict(out=str(b), clips_each=2)
-    assert main(["ablate", "--config", str(a), "--out", str(a)]) == 0                 # there is nothing left to do
+    assert main(["ablate", "--config", str(a), "--out", str(b)]) == 0
+    new = json.loads((b / "settings.json").read_text())["settings"]
+    assert new == held["settings"] | dict(out=str(b))
     (a / "other.json").write_text(json.dumps(dict(repeats=3, seed=1, k=20)))
-    assert "`ablate` has no 'repeats', 'seed', which" in sentence(capsys, "ablate", "--config", a / "other.json", "--out", b)
-    assert not b.exists()
+    capsys.readouterr()
+    assert "`ablate` has no 'repeats', 'seed', which" in sentence(capsys, "ablate", "--config", a / "other.json", "--out", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_refused_ablation_writes_nothing(tmp_path):
