@@ -32,7 +32,8 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from ..core import clips_of, frames_of
 from ..files import UserError
 from ..hub import fetch_file, fetch_folder, split_name
-from .base import CosineReward, Facts, Reward, at_least_fp32, in_chunks
+from .base import Facts, Reward, at_least_fp32
+from .cosine import CosineReward, in_chunks
 from ..teachers.base import tokenize
 from ..teachers.loading import check_words, not_counted, read_torch, which_weights
 from ..teachers.videocrafter2 import clip_tokenizer, read_merges

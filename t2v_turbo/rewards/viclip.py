@@ -16,7 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVision
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from ..core import clips_of, frames_of
-from .base import CosineReward, Facts
+from .base import Facts
+from .cosine import CosineReward
 from .clip import (IMAGENET_STATS, block_rows, clip_merges, convert, crop, depth,
                                     fetch, fill, normalise, published, read_weights,
                                     size_of, text_rows)

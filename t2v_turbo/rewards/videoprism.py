@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..core import clips_of, frames_of
 from ..files import UserError
-from .base import CosineReward, Facts
+from .base import Facts
+from .cosine import CosineReward
 from .clip import pretrained, squash, tokenizer_of
 
 # %% ../../nbs/25_videoprism.ipynb #446ab935
