@@ -94,6 +94,7 @@ def guided_pred(denoise,     # the teacher
     x0, eps = both_preds(denoise, zt, t, cond, null)
     return guide(*x0, w), guide(*eps, w)
 
+# %% ../nbs/03_solver.ipynb #1f3aee22
 def guided_step(ddim:DDIM,    # solver with its grid
                 denoise,      # the teacher
                 zt:Tensor,    # noisy latents (b, ...) at grid point `index`
