@@ -27,7 +27,7 @@ from .rewards.clip import AESTHETIC, AestheticReward, CLIPReward, CLIPSCORE, HPS
 from .rewards.imagereward import IMAGEREWARD, ImageReward
 from .rewards.loading import letterbox, squash
 from .rewards.internvideo2 import internvideo2_full
-from .rewards.names import FACTS, kind_of_reward, options_of, parse_reward, reward_named
+from .rewards.names import kind_of_reward, options_of, parse_reward, reward_named
 from .rewards.viclip import viclip_full
 from .rewards.videoprism import checkpointing, videoprism_full
 from .solver import TeacherAnswer

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from . import __version__
 from .files import UserError, read_text, write_json
-from .options import MISSING, Option, constant, nearest, taken_from
+from .options import Option, constant, nearest, taken_from
 
 # %% ../nbs/49a_recipes.ipynb #02f5d3aa
 @dataclass(frozen=True)

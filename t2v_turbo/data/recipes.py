@@ -11,13 +11,11 @@ import json
 import math
 import torch
 from dataclasses import dataclass
-from typing import Any, TYPE_CHECKING
-from fastcore.basics import patch
-from torch import Tensor
+from typing import Any
 from ..files import UserError
 from ..core import step_gen
-from ..solver import DDIM, TeacherAnswer, ask, ddim_sample
-from ..identity import same_teacher, tokens_id, weights_ids
+from ..solver import DDIM, ask, ddim_sample
+from ..identity import tokens_id, weights_ids
 from ..teachers.base import Teacher
 from .deal import digest
 

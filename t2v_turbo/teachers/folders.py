@@ -20,8 +20,7 @@ from ..hub import KNOWN, fetch_folder, nearest, read_index, split_name
 from ..schedule import Schedule
 from . import tiny
 from .base import Teacher
-from .loading import (check_size, check_whole, load_part, read_about, read_object,
-                                        save_parts)
+from .loading import check_size, check_whole, load_part, read_about, read_object
 from .published import with_w_projection
 from .videocrafter2 import set_fps, x0_scale
 from .wan import FlowTeacher, GuidedWan, WanTeacher, load_wan

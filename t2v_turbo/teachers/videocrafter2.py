@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 from ..files import UserError, atomic, write_json
-from .loading import check_whole, differences, new_folder, read_torch
+from .loading import check_whole, new_folder, read_torch
 from ..text import clip_tokenizer, read_merges
 from ..weights import check, convert, depth, fill, read_weights, size_of, text_rows, wanted
 
