@@ -34,7 +34,6 @@ from t2v_turbo.memory import save_memory
 from t2v_turbo.optimizer import make_optimizer
 from t2v_turbo.teachers.videocrafter2 import vc2_scheduler
 from t2v_turbo.teachers.wan import WanTeacher, flow_scheduler, guided_wan
-from t2v_turbo.data.recipes import Pair
 
 
 

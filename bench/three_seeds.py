@@ -1,73 +1,61 @@
 """The table of the paper in miniature: teacher 50 and 4 steps, plain CD, +R_img, +R_vid, both; three seeds.
 And both with J = R instead of J = log sigmoid(R).
 
-    python bench/three_seeds.py runs/seeds            # everything; goes on where it was
-    python bench/three_seeds.py runs/seeds --jobs 2   # two trainings at a time, one thread each
+    python bench/three_seeds.py runs/seeds            # everything; continues where it was stopped
+    python bench/three_seeds.py runs/seeds --jobs 2   # two trainings at a time
     python bench/three_seeds.py runs/flow --teacher tiny-flow --seeds 2 --variants cd "turbo (both)" --w 4 --w_min 2 --w_max 6
 
+`ablate` does the training; this file adds what it has no columns for: the teacher, seconds a video, intervals over prompts.
 Writes OUT/rows.json (one row per model, steps and seed), OUT/looks.json (rewards and judges over training) and four clips.
 Evaluation is always done alone, on all threads, so that seconds per video can be compared.
 """
 import argparse
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 VARIANTS = {  # beta_img, beta_vid, shape of J, learning rate; plain CD diverges at the rate of the others
     "cd": (0, 0, "log_sigmoid", 2e-4), "cd, lr 1e-3": (0, 0, "log_sigmoid", 1e-3),
     "cd + R_img": (1, 0, "log_sigmoid", 1e-3), "cd + R_vid": (0, 1, "log_sigmoid", 1e-3),
     "turbo (both)": (1, 1, "log_sigmoid", 1e-3), "turbo, raw R": (1, 1, "raw", 1e-3)}
-TRAIN = """
-import json, sys
-from pathlib import Path
-from t2v_turbo.checkpoints import claim
-from t2v_turbo.train import Config, Objective, Trainer
-from t2v_turbo.watch import WatchOptions, watch
-out, settings, objective, w = sys.argv[1], *map(json.loads, sys.argv[2:])
-trainer = Trainer(Config(out=out, objective=Objective(**objective), **settings))
-with claim(out):
-    trainer.resume()
-    watch(trainer, WatchOptions(eval_every=50, on_hacking="off", student_w=w))
-(Path(out) / "done").touch()
-"""
 
 
-def run_name(variant, seed):
-    "A folder name for one run"
-    return "-".join("".join(c if c.isalnum() else " " for c in f"{variant} {seed}").split())
+def folder(variant):
+    "A folder name for the runs of a variant"
+    return "-".join("".join(c if c.isalnum() else " " for c in variant).split())
 
 
-def train_all(out, a):
-    "All trainings, `jobs` at a time, each in a process of its own"
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // a.jobs)), "OMP_WAIT_POLICY": "PASSIVE"}
-    todo = [(v, s) for s in range(a.seeds) for v in a.variants if not (out / run_name(v, s) / "done").is_file()]
-    todo.sort(key=lambda run: VARIANTS[run[0]][2] == "raw")   # the side question last
-    live = []
-    while todo or live:
-        while todo and len(live) < a.jobs:
-            v, s = todo.pop(0)
-            kw = dict(beta_img=VARIANTS[v][0] * a.beta_img, beta_vid=VARIANTS[v][1] * a.beta_vid, shape=VARIANTS[v][2],
-                      w_min=a.w_min, w_max=a.w_max)
-            folder = out / run_name(v, s); folder.mkdir(parents=True, exist_ok=True)
-            log = (folder / "stderr.txt").open("w")
-            settings = dict(teacher=a.teacher, seed=s, steps=a.steps, lr=VARIANTS[v][3])
-            call = [sys.executable, "-c", TRAIN, str(folder), *map(json.dumps, (settings, kw, a.w))]
-            live.append((v, s, subprocess.Popen(call, env=env, stdout=log, stderr=log)))
-        time.sleep(1)
-        for v, s, p in [x for x in live if x[2].poll() is not None]:
-            live.remove((v, s, p))
-            if p.returncode: sys.exit(f"{run_name(v, s)} failed: see {out / run_name(v, s) / 'stderr.txt'}")
-            print("trained", v, "seed", s, flush=True)
+def grid(a, variant):
+    "What `ablate` trains for a variant: one setting, all seeds"
+    from t2v_turbo.ablate import AblateOptions
+    from t2v_turbo.train import Config, Objective
+    image, video, shape, lr = VARIANTS[variant]
+    cfg = Config(out=str(a.out / folder(variant)), teacher=a.teacher, steps=a.steps, objective=Objective(w_min=a.w_min, w_max=a.w_max))
+    over = f"beta_img={image * a.beta_img} beta_vid={video * a.beta_vid} shape={shape} lr={lr}"
+    return cfg, AblateOptions(over=over, seeds=",".join(map(str, range(a.seeds))), jobs=a.jobs)
+
+
+def runs(a, variant):
+    "The folder of each seed's run"
+    from t2v_turbo.ablate import cell_config, cells
+    cfg, o = grid(a, variant)
+    return [Path(cell_config(cfg, cell).out) for cell in cells(o, cfg)]
+
+
+def train_all(a):
+    "All trainings by `ablate`, which continues where it was stopped"
+    from t2v_turbo.ablate import ablate
+    from t2v_turbo.watch import WatchOptions
+    looks = WatchOptions(eval_every=50, on_hacking="off", student_w=a.w)
+    for v in sorted(a.variants, key=lambda v: VARIANTS[v][2] == "raw"):          # the side question last
+        ablate(*grid(a, v), looks)
+        print("trained", v, flush=True)
 
 
 def options(argv=None):
     "What may be chosen on the command line"
     from t2v_turbo.train import Config, Objective
     p = argparse.ArgumentParser(); p.add_argument("out", type=Path)
-    p.add_argument("--seeds", type=int, default=3); p.add_argument("--jobs", type=int, default=1)
+    p.add_argument("--seeds", type=int, default=3); p.add_argument("--jobs", type=int, default=0, help="trainings at a time; 0: one a GPU, or else one a CPU core")
     p.add_argument("--steps", type=int, default=Config.steps); p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--beta_img", type=float, default=Objective.beta_img)
     p.add_argument("--beta_vid", type=float, default=Objective.beta_vid)
@@ -122,9 +110,9 @@ def student_rows(a, rows):
     from t2v_turbo.evaluate import Sampler
     from t2v_turbo.pipeline import sample_student
     from t2v_turbo.saved import load_student
-    for seed in range(a.seeds):
-        for v in a.variants:
-            student = load_student(a.out / run_name(v, seed) / "student")
+    for v in a.variants:
+        for seed, run in enumerate(runs(a, v)):
+            student = load_student(run / "student")
             rows.add(Sampler(v, 4, 4, lambda q, s: sample_student(student, q, make_gen(s), 4, a.w)), seed, a.w)
 
 
@@ -136,7 +124,7 @@ def write_clips(a):
     from t2v_turbo.saved import load_student
     from t2v_turbo.world import caption, combos
     prompts = [caption(*c) for c in combos("heldout")[[1, 9, 15, 20]].tolist()]
-    clips = sample_student(load_student(a.out / run_name("turbo (both)", 0) / "student"), prompts, make_gen(0), 4, a.w)
+    clips = sample_student(load_student(runs(a, "turbo (both)")[0] / "student"), prompts, make_gen(0), 4, a.w)
     save_file({"both": (clips * 255).round().byte().contiguous()}, a.out / "clips.safetensors")
 
 
@@ -144,12 +132,12 @@ def main():
     from t2v_turbo.files import write_json
     from t2v_turbo.evaluate import print_table, summarise
     a = options(); a.out.mkdir(parents=True, exist_ok=True)
-    train_all(a.out, a)
+    train_all(a)
     rows = Rows(a); best = teacher_rows(a, rows); student_rows(a, rows)
     rows.rows.sort(key=lambda r: -1 if r["model"] == "teacher" else list(VARIANTS).index(r["model"]))
     write_json(rows.path, rows.rows)
-    looks = [dict(json.loads(l), model=v, seed=s) for v in a.variants for s in range(a.seeds)
-             for l in (a.out / run_name(v, s) / "looks.jsonl").read_text().splitlines()]
+    looks = [dict(json.loads(l), model=v, seed=s) for v in a.variants for s, run in enumerate(runs(a, v))
+             for l in (run / "looks.jsonl").read_text().splitlines()]
     write_json(a.out / "looks.json", looks)
     write_clips(a)
     print_table(summarise([r for r in rows.rows if r["model"] != "teacher" or r["w"] == best]))

@@ -12,18 +12,21 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Literal, get_args, get_origin
 
 import torch
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from .files import UserError, at_least, atomic, write_json
-from .checkpoints import claim
+from .checkpoints import Stopped, claim
 from .distill import Objective
 from .config import changed, check_rewards
 from .train import Config, Trainer
@@ -41,9 +44,12 @@ class AblateOptions:
 
     def __post_init__(self):
         for name in ("seeds", "sample_steps"):
-            if not all(v.isdigit() for v in getattr(self, name).split(",")):
+            given = getattr(self, name).split(",")
+            if not all(v.isdecimal() for v in given):
                 raise UserError(f"{name} {getattr(self, name)!r}: give whole numbers with commas "
                                 "between")
+            if len(set(map(int, given))) < len(given):
+                raise UserError(f"{name} has a value twice: give each once")
         at_least(vars(self), jobs=0)
 
 def _types()->dict:
@@ -53,6 +59,15 @@ def _types()->dict:
             if f.name not in fixed}
 
 # %% ../nbs/46_ablate.ipynb #ca1fdadb
+def _parse(kind, text):
+    "The value of a setting of this type; `ValueError` if the text is none"
+    if get_origin(kind) is Literal: kind = type(get_args(kind)[0])
+    kind = next((k for k in get_args(kind) if k is not type(None)), kind)
+    if kind is not bool: return kind(text)
+    words = {"0": False, "false": False, "1": True, "true": True}
+    if text.lower() not in words: raise ValueError(text)
+    return words[text.lower()]
+
 def _values(text):
     "`name=value,.. ..` as a dict of lists"
     known, values = _types(), {}
@@ -61,7 +76,7 @@ def _values(text):
         if name not in known:
             raise UserError(f"{part!r}: no setting {name!r}; give some of {', '.join(known)}")
         if name in values: raise UserError(f"{text!r} names {name!r} twice: give its values once")
-        try: values[name] = [known[name][1](v) for v in given.split(",")]
+        try: values[name] = [_parse(known[name][1], v) for v in given.split(",")]
         except ValueError: raise UserError(f"{part!r}: give {name}=value,value,.. of type "
                                            f"{known[name][1].__name__}") from None
         if len(set(values[name])) < len(values[name]):
@@ -83,7 +98,6 @@ def cells(o:AblateOptions,     # what is varied
         given = way(g)
         return [given, *(way(g, **{k: v}) for k, vs in alone.items() for v in vs if v != given[k])]
     seeds = [int(s) for s in o.seeds.split(",")]
-    if len(set(seeds)) < len(seeds): raise UserError("seeds has a value twice: give each once")
     grid = [dict(zip(over, v)) for v in product(*over.values())]
     return [dict(seed=s) | g | w for s in seeds for g in grid for w in ways(g)]
 
@@ -156,19 +170,39 @@ def _devices(jobs):
     free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return [ids[i % n] if n else None for i in range(jobs or n or free)]
 
-def _free(queue):
-    "In every new process: where it finds a device that is free"
-    global devices; devices = queue
+# %% ../nbs/46_ablate.ipynb #90a6943a
+_RAISED = {c.__name__: c for c in (Stopped, KeyboardInterrupt, UserError, OSError, SafetensorError)}
 
-def _work(cfg, cell, looks, steps):
-    "`run_cell` in a process of its own: one GPU, or one CPU thread"
-    gpu = devices.get()
-    try:
-        if gpu is None: torch.set_num_threads(1)
-        else: os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)   # before CUDA is first asked
-        sys.stderr = open(os.devnull, "w")                    # bars of many cells are no help
-        return run_cell(cell_config(cfg, cell), cell, looks, steps)
-    finally: devices.put(gpu)
+def _work():
+    "In a process of its own: work on the cell that standard input describes, report what stops it"
+    job = json.load(sys.stdin)
+    if job["threads"]: torch.set_num_threads(job["threads"])
+    objective = Objective(**job["cfg"].pop("objective"))
+    cfg, looks = Config(**job["cfg"], objective=objective), WatchOptions(**job["looks"])
+    try: run_cell(cfg, job["cell"], looks, job["steps"])
+    except tuple(_RAISED.values()) as e:
+        kind = next(name for name, c in _RAISED.items() if isinstance(e, c))
+        print("\n" + json.dumps([kind, e.__reduce__()[1]], default=str))
+        sys.exit(3)
+
+# %% ../nbs/46_ablate.ipynb #6f8532a8
+def _run(cfg, cell, looks, steps, devices):
+    "Run a cell as a command of its own on the next device that is free"
+    device = devices.get()
+    job = dict(cfg=asdict(cell_config(cfg, cell)), cell=cell, looks=asdict(looks), steps=steps,
+               threads=1 if device is None else 0)
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path)),
+                            TQDM_DISABLE="1")           # bars of many cells are no help
+    if device is not None: env["CUDA_VISIBLE_DEVICES"] = str(device)
+    command = [sys.executable, "-c", "from t2v_turbo.ablate import _work; _work()"]
+    try: done = subprocess.run(command, input=json.dumps(job), env=env, text=True,
+                               capture_output=True)
+    finally: devices.put(device)
+    if done.returncode == 3:
+        kind, args = json.loads(done.stdout.splitlines()[-1])
+        raise _RAISED[kind](*args)
+    if done.returncode: raise RuntimeError(
+        f"cell {cell_name(cell)} ended with status {done.returncode}:\n{done.stderr}")
 
 # %% ../nbs/46_ablate.ipynb #72759c18
 def collect(out:str|Path, # folder of an ablation
@@ -185,6 +219,21 @@ def collect(out:str|Path, # folder of an ablation
         w = csv.DictWriter(f, columns); w.writeheader(); w.writerows(rows)
     return rows
 
+# %% ../nbs/46_ablate.ipynb #43514f69
+def _run_all(cfg, todo, looks, steps, free):
+    "Run cells side by side, one a device, and gather their rows as they come"
+    devices = SimpleQueue()
+    for device in free: devices.put(device)
+    with ThreadPoolExecutor(len(free)) as pool:
+        jobs = {pool.submit(_run, cfg, c, looks, steps, devices): c for c in todo}
+        try:
+            for job in tqdm(as_completed(jobs), total=len(jobs), desc="cells"):
+                try: job.result()
+                except UserError as e:
+                    raise UserError(f"cell {cell_name(jobs[job])}: {e}") from None
+                collect(cfg.out)
+        finally: pool.shutdown(cancel_futures=True)
+
 # %% ../nbs/46_ablate.ipynb #301afc24
 def ablate(cfg:Config,         # what all cells share; `out` is the folder of the ablation
            o:AblateOptions=AblateOptions(), # what is varied
@@ -195,25 +244,13 @@ def ablate(cfg:Config,         # what all cells share; `out` is the folder of th
         raise UserError("ablate starts its own processes: run it without accelerate launch")
     if cfg.data and not looks.prompts:
         raise UserError("there is no caption to judge by: with data give prompts, a text file")
-    from t2v_turbo import ablate as own            # by a name that other processes find, too
     todo, steps = cells(o, cfg), [int(s) for s in o.sample_steps.split(",")]
     for n in steps:                                          # refused before anything is trained
         if n < 1: raise UserError(f"student_steps is {n}: give 1 to 16")
         replace(looks, student_steps=n)
     _settle(cfg, o, looks)
-    context = get_context("spawn"); queue, free = context.Queue(), _devices(o.jobs)
-    for device in free: queue.put(device)
     done = lambda c: (Path(cell_config(cfg, c).out) / "rows.json").is_file()  # needs no process
-    fresh:dict = dict(initializer=own._free, initargs=(queue,), max_tasks_per_child=1)
-    with ProcessPoolExecutor(len(free), context, **fresh) as pool:
-        jobs = {pool.submit(own._work, cfg, c, looks, steps): c for c in todo if not done(c)}
-        try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc="cells"):
-                try: job.result()
-                except UserError as e:
-                    raise UserError(f"cell {cell_name(jobs[job])}: {e}") from None
-                collect(cfg.out)
-        finally: pool.shutdown(cancel_futures=True)
+    _run_all(cfg, [c for c in todo if not done(c)], looks, steps, _devices(o.jobs))
     return collect(cfg.out)
 
 # %% ../nbs/46_ablate.ipynb #d8a866cc

@@ -86,7 +86,8 @@ def teacher_identity(teacher)->dict: # part of a teacher: its hash; can be writt
     at = torch.tensor([0, T//2, T - 1])
     alpha, sigma = (few(x) for x in teacher.schedule.alpha_sigma(at, torch.zeros(3)))
     return dict(denoiser=weights_ids(teacher.denoiser), vae=weights_ids(teacher.vae),
-                text_encoder=weights_ids(teacher.text_encoder), tokens=tokens_id(teacher.tokenizer, n),
+                text_encoder=weights_ids(teacher.text_encoder),
+                tokens=tokens_id(teacher.tokenizer, n),
                 scale=f"mean {few(teacher.latent_mean)}, std {few(teacher.latent_std)}",
                 schedule=f"{teacher.prediction_type}, alpha {alpha}, sigma {sigma}")
 

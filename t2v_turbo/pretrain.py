@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['vae_loss', 'train_vae', 'soft_flaws', 'round_trip', 'judged_clips', 'broken', 'train_judge', 'one_word_wrong',
-           'preference_loss', 'inflate', 'train_reward', 'latents', 'rate', 'train_denoiser', 'train_teacher',
-           'mostly_high', 'noisy_captions', 'tiny_flow', 'train_flow', 'pretrain', 'judged_clips_in_parts']
+           'preference_loss', 'inflate', 'reward_views', 'train_reward', 'latents', 'rate', 'train_denoiser',
+           'train_teacher', 'mostly_high', 'noisy_captions', 'tiny_flow', 'train_flow', 'pretrain',
+           'judged_clips_in_parts']
 
 # %% ../nbs/41_pretrain.ipynb #7becbedd
 import math
@@ -119,21 +120,20 @@ def train_judge(pool:tuple,     # what `judged_clips` gives
                )->Judge:
     "Classifiers for what a clip shows and whether it is clean"
     torch.manual_seed(seed); gen = make_gen(seed * 1000 + 7); net = Judge()
-    for attrs, clips, grade in _batches(net, pool, steps, gen, "judge"):
+    def loss(attrs, clips, grade):
         out = net(clips)
         labels = dict(zip(("shape", "colour", "motion"), attrs.T), clean=(grade == 1).long())
-        net.loss = sum(F.cross_entropy(out[k], labels[k]) for k in labels)
-    return net.requires_grad_(False).eval()
+        return sum(F.cross_entropy(out[k], labels[k]) for k in labels)
+    return _descend_on_pool(net, loss, pool, steps, gen, "judge")
 
-def _batches(net, pool, steps, gen, desc, lr=4e-3, size=24):
-    "Yield batches of the pool; after each, descend on what the caller left in `net.loss`"
+def _descend_on_pool(net, loss, pool, steps, gen, desc, lr=4e-3):
+    "Minimise the loss of random batches of 24 clips; returns the network, frozen"
     opt = torch.optim.AdamW(net.parameters(), weight_decay=1e-3)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     for _ in tqdm(range(steps), desc=desc, leave=False):
-        j = torch.randint(len(pool[0]), (size,), generator=gen)
-        yield pool[0][j], pool[1][j], pool[2][j]
-        _descend(opt, net.loss, net.parameters()); sched.step()
-    del net.loss
+        j = torch.randint(len(pool[0]), (24,), generator=gen)
+        _descend(opt, loss(*(part[j] for part in pool)), net.parameters()); sched.step()
+    return net.requires_grad_(False).eval()
 
 # %% ../nbs/41_pretrain.ipynb #409d9824
 def one_word_wrong(attrs:Tensor,        # `(b 3)`
@@ -175,6 +175,23 @@ def inflate(video:TinyReward, # changed in place
     video.vision.norms.load_state_dict(image.vision.norms.state_dict())
 
 # %% ../nbs/41_pretrain.ipynb #94d4bf74
+def reward_views(clips:Tensor,        # `(b 3 t h w)`
+                 grade:Tensor,        # 1 for a clean clip `(b,)`
+                 video:bool,          # whether the reward sees motion
+                 gen:torch.Generator, # randomness
+                )->tuple:             # what the reward sees of them, and their grades
+    "Break a few clips, then take one frame of each, or every second frame of most"
+    worse, how = broken(clips, gen)
+    swap = (torch.rand(len(clips), generator=gen) < .2) & (video | (how == 0))
+    clips = torch.where(swap.view(-1, 1, 1, 1, 1), worse, clips)
+    if not video:
+        t = torch.randint(clips.shape[2], (len(clips),), generator=gen)
+        clips = clips[torch.arange(len(clips)), :, t][:, :, None]
+    elif torch.rand(1, generator=gen) < .75:
+        clips = clips[:, :, int(torch.randint(2, (1,), generator=gen))::2]
+    return clips, grade * ~swap
+
+# %% ../nbs/41_pretrain.ipynb #d6d06fc9
 def train_reward(kind:str,       # `tiny-image` or `tiny-video`
                  pool:tuple,     # what `judged_clips` gives
                  steps:int,      # optimiser steps
@@ -184,21 +201,13 @@ def train_reward(kind:str,       # `tiny-image` or `tiny-video`
     "A reward model from preferences for clean, whole and well-aligned clips"
     torch.manual_seed(seed); gen = make_gen(seed * 1000 + 7)
     net, video = TinyReward(**REWARD_KINDS[kind]), kind == "tiny-video"
+    words = 3 if video else 2
     if image is not None: inflate(net, image)
-    lr = 4e-3 if image is None else 2e-3
-    for attrs, clips, grade in _batches(net, pool, steps, gen, kind, lr):
-        worse, how = broken(clips, gen)
-        replace = (torch.rand(len(clips), generator=gen) < .2) & (video | (how == 0))
-        clips = torch.where(replace.view(-1, 1, 1, 1, 1), worse, clips)
-        if not video:                                         # one frame of each clip
-            t = torch.randint(clips.shape[2], (len(clips),), generator=gen)
-            clips = clips[torch.arange(len(clips)), :, t][:, :, None]
-        elif torch.rand(1, generator=gen) < .75:              # every second frame
-            clips = clips[:, :, int(torch.randint(2, (1,), generator=gen))::2]
-        words = 3 if video else 2
+    def loss(attrs, clips, grade):
+        clips, grade = reward_views(clips, grade, video, gen)
         wrong = one_word_wrong(attrs, words, gen)
-        net.loss = preference_loss(net, clips, grade * ~replace, attrs, wrong, words)
-    return net.requires_grad_(False).eval()
+        return preference_loss(net, clips, grade, attrs, wrong, words)
+    return _descend_on_pool(net, loss, pool, steps, gen, kind, 4e-3 if image is None else 2e-3)
 
 # %% ../nbs/41_pretrain.ipynb #2b07f645
 def latents(vae:AutoencoderKL,   # frozen

@@ -80,7 +80,7 @@ def student_tensors(student:Student)->dict: # name: tensor on the CPU
     return {k: v.contiguous() for k, v in state.items()}
 
 # %% ../nbs/30a_saved.ipynb #fc71feca
-def save_student(student:Student,
+def save_student(student:Student, # any; sharded ones give `tensors`, too
                  folder:str|Path, # where to; made if it is not there
                  about:dict|None=None, # more for `student.json`, e.g. the training settings
                  tensors:dict|None=None, # of `student_tensors`, where one process writes for all
@@ -196,7 +196,7 @@ def places(student:Student)->dict: # name in a saved folder: name of the paramet
     found = get_peft_model_state_dict(student.teacher.denoiser, state_dict=mine)
     return {k: name[id(p)] for k, p in found.items()} | {n: n for n in mine if "cond_proj" in n}
 
-def check_tensors(student:Student,
+def check_tensors(student:Student, # with LoRA, perhaps without memory
                   shapes:dict, # name: shape, as in a saved folder
                  )->dict:      # name: name of the parameter
     "Refuse tensors that do not fit; those of the layers below LoRA are allowed, too"
@@ -211,7 +211,7 @@ def check_tensors(student:Student,
     return at
 
 # %% ../nbs/30a_saved.ipynb #bca28126
-def load_tensors(student:Student,
+def load_tensors(student:Student, # changed in place
                  state:dict, # as `save_student` writes them
                 )->None:
     "Take over LoRA and w-projection; every tensor must have its place and its shape"
@@ -230,9 +230,9 @@ def load_tensors(student:Student,
 
 # %% ../nbs/30a_saved.ipynb #0b6df5e6
 @torch.no_grad()
-def merge_from(student:Student,
+def merge_from(student:Student, # made with `empty`; used up
                path:str|Path, # of `adapter_model.safetensors`
-              )->nn.Module:   # the denoiser itself; the student is used up
+              )->nn.Module:   # the denoiser itself
     "Fold the LoRA of a file into the weights, with one layer of it in memory at a time"
     net, parts, waiting = student.teacher.denoiser, {}, {}
     at = check_tensors(student, {k.removeprefix(PEFT): v for k, v in shapes_in(path).items()})
@@ -316,7 +316,7 @@ def load_merged(folder:str|Path, # written by `save_student`
     return student
 
 # %% ../nbs/30a_saved.ipynb #d1e2f1a3
-def student_id(student:Student)->str:
+def student_id(student:Student)->str: # any; a collective if it is sharded
     "16 hex digits over the trained weights and the teacher's fingerprints"
     base = bytearray(json.dumps(student.fingerprints, sort_keys=True).encode())
     base = torch.frombuffer(base, dtype=torch.uint8)

@@ -94,6 +94,7 @@ def guided_pred(denoise,     # the teacher
     x0, eps = both_preds(denoise, zt, t, cond, null)
     return guide(*x0, w), guide(*eps, w)
 
+# %% ../nbs/03_solver.ipynb #1f3aee22
 def guided_step(ddim:DDIM,    # solver with its grid
                 denoise,      # the teacher
                 zt:Tensor,    # noisy latents (b, ...) at grid point `index`
@@ -132,7 +133,7 @@ class TeacherAnswer:
     zt:Tensor    # noisy latents (b ...)
     index:Tensor # grid points (b,) int64
     v:Tensor     # velocity with the prompt, like zt
-    slope:Tensor # velocity with the prompt minus velocity without it; w multiplies this
+    slope:Tensor # like `v`: velocity with the prompt minus without it; w multiplies this
 
     def step(self, ddim:DDIM, w:Tensor)->Tensor:
         "The guided solver step to `ddim.t_prev(index)` for any w (b,), T2V-Turbo eq. 7"

@@ -31,7 +31,7 @@ class WProjection(nn.Linear):
         return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
 
 # %% ../nbs/30_student.ipynb #f936a469
-def check_bare(teacher:Teacher):
+def check_bare(teacher:Teacher): # any
     "Refuse a teacher that already carries a student"
     if getattr(teacher.denoiser, "peft_config", None):
         raise UserError(f"teacher {teacher.name!r} already carries a student: load it anew")

@@ -186,7 +186,7 @@ def _model(self:Trainer, image_reward, video_reward):
 # %% ../nbs/33_train.ipynb #964cfd98
 @patch
 def terms(self:Trainer,
-          x,             # clips `(b 3 t h w)`, latents `(b c t h w)` or a `TeacherAnswer`
+          x,             # clips `(b 3 t h w)`, latents `(b c t h w)` or `TeacherAnswer`s
           prompts:list,  # captions, `list[str]`, length b
           d,             # their `Draw`
          )->StepOut:     # per clip, with gradient

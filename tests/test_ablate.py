@@ -11,20 +11,22 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from t2v_turbo.ablate import (AblateOptions, _devices, ablate, ablation_table, by_setting,
-                              cell_config, cell_name, cells, collect, frontier, read_table,
-                              run_cell)
+from queue import SimpleQueue
+from typing import Literal
+from t2v_turbo.ablate import (AblateOptions, _devices, _parse, _run, ablate, ablation_table,
+                              by_setting, cell_config, cell_name, cells, collect, frontier,
+                              read_table, run_cell)
+from t2v_turbo.data.build import build_cache
 from t2v_turbo.checkpoints import Stopped
-from t2v_turbo.cli import main, parser
+from t2v_turbo.cli import main, read
+from t2v_turbo.running import read_config
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
+from t2v_turbo.standins import tiny_modelscope
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.config import objective_of
 from t2v_turbo.train import Config
 from t2v_turbo.watch import WatchOptions
-from t2v_turbo.data.build import build_cache
-from t2v_turbo.running import read_config
-from t2v_turbo.standins import tiny_modelscope
 
 
 
@@ -64,7 +66,7 @@ def test_every_teacher_brings_its_own_settings(tmp_path):
     "What the user gave holds in every cell; the rest is that of the cell's teacher, also after the way to another process"
     ms = str(tiny_modelscope(tmp_path / "ms"))
     o = AblateOptions(over=f"teacher=tiny,{ms}", seeds="0")
-    told = read_config(parser("ablate").parse_args(["ablate", "--rank", "8", "--w_max", "40", "--out", str(tmp_path / "o")]))
+    told = read_config(read(["ablate", "--rank", "8", "--w_max", "40", "--out", str(tmp_path / "o")])[1])
     for cfg in (told, Config(rank=8, objective=objective_of("tiny", w_max=40.)), pickle.loads(pickle.dumps(told))):
         a, b = (cell_config(cfg, c) for c in cells(o, cfg))
         assert (a.rank, a.objective.w_max, b.rank, b.objective.w_max) == (8, 40., 8, 40.)
@@ -83,6 +85,9 @@ def test_bad_grids_train_nothing(tmp_path, monkeypatch, capsys):
     call = lambda *a: main(["ablate", "--out", str(tmp_path / "o"), "--steps", "2", *a])
     for args, says in ((("--over", "k=7"), "k 7 does not divide 1000"), (("--over", "beta_img=-1"), "beta_img is -1.0: give 0 or more"),
                        (("--sample_steps", "4,32"), "student_steps is 32"), (("--seeds", "a"), "seeds 'a': give whole numbers"),
+                       (("--seeds", "1,01"), "seeds has a value twice"), (("--sample_steps", "4,4"), "sample_steps has a value twice"),
+                       (("--over", "compile=0,0"), "has a value twice"), (("--over", "beta_img=1,1.0"), "has a value twice"),
+                       (("--over", "lr=nan"), "lr is nan"), (("--over", "beta_img=nan"), "beta_img is nan"), (("--student_w", "nan"), "student_w is nan"),
                        (("--jobs", "-1"), "jobs is -1"), (("--clips_each", "0"), "clips_each is 0")):
         assert call(*args) == 2 and says in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
@@ -169,6 +174,30 @@ def test_a_stop_crosses_processes():
     "Whoever of parent and child hears the signal first, the sentence is whole"
     stop = pickle.loads(pickle.dumps(Stopped(signal.SIGINT, 12)))
     assert stop.signum == signal.SIGINT and str(stop) == str(Stopped(signal.SIGINT, 12))
+
+
+def test_what_stops_a_cell_crosses_processes(tmp_path):
+    "The error of the command that runs a cell is raised again here; anything else shows what it wrote"
+    cfg, o = two(tmp_path / "a")
+    cell, devices = cells(o, cfg)[0], SimpleQueue()
+    devices.put(None)
+    out = Path(cell_config(cfg, cell).out); out.parent.mkdir(parents=True)
+    out.touch()                                                        # a file where its folder should be
+    with pytest.raises((OSError, UserError), match="exist"): _run(cfg, cell, LOOKS, [1], devices)
+    out.unlink()
+    with pytest.raises(UserError, match="held_out 'tiny-video' is in the loss"):
+        _run(replace(cfg, reward="tiny-video"), cell | dict(beta_vid=1.), replace(LOOKS, held_out="tiny-video"), [1], devices)
+    with pytest.raises(RuntimeError, match="(?s)cell beta_img=0.0 beta_vid=0.0 seed=0 ended with status 1.*TypeError"):
+        _run(cfg, cell, LOOKS, ["4"], devices)
+    assert devices.get_nowait() is None                                # given back each time
+
+
+@pytest.mark.parametrize("kind, text, value", [(int, "3", 3), (float, "inf", float("inf")), (float | None, "1", 1.), (bool, "0", False), (bool, "False", False),
+                                               (bool, "true", True), (str, "a", "a"), (Literal["a", "b"], "a", "a")])
+def test_values_of_every_type(kind, text, value):
+    assert _parse(kind, text) == value and type(_parse(kind, text)) is type(value)
+    if kind is bool:
+        with pytest.raises(ValueError): _parse(kind, "maybe")
 
 
 def test_means_and_front():

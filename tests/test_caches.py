@@ -3,36 +3,35 @@ import json
 import math
 import os
 import pickle
-import pytest
 import resource
 import shutil
 import signal
 import sys
 import time
-import torch
 from dataclasses import replace
 from multiprocessing import get_context
+
+import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from t2v_turbo.data import build as building, cache_files, recipes
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import open_cache
+from t2v_turbo.data.cache_files import cache_bytes, claim_folder, key_of, read_about, shard_path
+from t2v_turbo.data.recipes import Latents, Pairs, data_id, dice, make_batch, teacher_id
 from t2v_turbo.solver import DDIM, TeacherAnswer, ask, ddim_sample, from_v, guided_step, to_v
 from t2v_turbo.core import make_gen, step_gen, write_video
 from t2v_turbo.files import UserError
+from t2v_turbo.data.clips import ClipFolder
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.rewards.tiny import load_reward
+from t2v_turbo.data.sources import Prompts
 from t2v_turbo.student import Student
 from t2v_turbo.standins import tiny_modelscope, tiny_wan
 from t2v_turbo.teachers.folders import ScaledSchedule, load_teacher
 from t2v_turbo.teachers.videocrafter2 import x0_scale
 from t2v_turbo.world import World
-from t2v_turbo.data import build as building, cache_files, recipes
-from t2v_turbo.data.build import build_cache
-from t2v_turbo.data.cache import open_cache
-from t2v_turbo.data.cache_files import cache_bytes, claim_folder, key_of, read_about, shard_path
-from t2v_turbo.data.recipes import (Latents, Pair, Pairs, ask, data_id, dice, from_v, make_batch,
-                                    teacher_id, to_v)
-from t2v_turbo.data.clips import ClipFolder
-from t2v_turbo.data.sources import Prompts
-
 
 SMALL = dict(batch=2, shard=1, progress=False)              # shards of two samples
 PROCESSES = get_context('forkserver')                 # forked from a process that has imported everything

@@ -88,7 +88,7 @@ def test_a_prompt_is_read_once(name):
 
 def test_kept_texts_are_bounded(monkeypatch):
     rm = rc.build("hpsv2")
-    monkeypatch.setattr("t2v_turbo.rewards.base.TEXTS_KEPT", 2)
+    monkeypatch.setattr("t2v_turbo.rewards.cosine.TEXTS_KEPT", 2)
     u = rm.text_features(["a", "b", "c", "a"])
     assert u.shape == (4, 24) and torch.equal(u[0], u[3]) and list(rm._texts) == ["b", "c"]
 

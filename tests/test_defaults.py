@@ -8,8 +8,8 @@ import torch
 import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from t2v_turbo import cli, config, train
-from t2v_turbo.cli import main
+from t2v_turbo import cli, config, running, train
+from t2v_turbo.cli import main, read
 from t2v_turbo.core import write_video
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
@@ -22,6 +22,8 @@ from t2v_turbo.config import check_rewards, lr_at, objective_of
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.saved import save_student
 from t2v_turbo.standins import tiny_modelscope, tiny_wan
+from t2v_turbo.preparing import CacheOptions, PlanOptions
+from t2v_turbo.using import GenerateOptions, SampleOptions, sampled_as
 
 
 
@@ -45,7 +47,7 @@ name = lambda at, kind: "tiny" if kind == "tiny" else str(at / kind)
 
 def told(*argv):
     "The settings that a command line describes"
-    return cli.read_config(cli.parser("distill").parse_args(["distill", *map(str, argv)]))
+    return running.read_config(read(["distill", *map(str, argv)])[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -162,9 +164,9 @@ def test_one_guidance_for_a_teacher(at, monkeypatch):
 
 def test_a_student_is_sampled_as_it_was_trained():
     own = dict(steps=8, w=7.5, origin=200)
-    assert cli.sampled_as(own, cli.SampleOptions()) == own
-    assert cli.sampled_as(own, cli.SampleOptions(w=0., origin=50)) == dict(steps=8, w=0., origin=50)
-    assert cli.sampled_as(dict(steps=50, w=4.), cli.GenerateOptions(prompts="fetch", steps=3)) == dict(steps=3, w=4.)
+    assert sampled_as(own, SampleOptions()) == own
+    assert sampled_as(own, SampleOptions(w=0., origin=50)) == dict(steps=8, w=0., origin=50)
+    assert sampled_as(dict(steps=50, w=4.), GenerateOptions(prompts="fetch", steps=3)) == dict(steps=3, w=4.)
 
 
 def test_judges_of_the_tiny_world_judge_nobody_else(at, tmp_path, capsys):
@@ -181,7 +183,7 @@ def test_the_best_look_is_what_is_reported(tmp_path, monkeypatch, capsys):
     def stopped(trainer, looks): real(trainer, looks); return 1
     monkeypatch.setattr(watching, "watch", stopped)
     monkeypatch.setattr(watching, "keep_best", lambda trainer, step: kept.append(step), raising=False)
-    got = cli.distill(Config(out=str(tmp_path), steps=2, batch=1, rank=1, track=""), cli.DistillOptions(repeats=1), watching.WatchOptions(eval_every=0))
+    got = running.distill(Config(out=str(tmp_path), steps=2, batch=1, rank=1, track=""), running.DistillOptions(repeats=1), watching.WatchOptions(eval_every=0))
     assert kept == [1] and [r["model"] for r in got["rows"]] == ["teacher", "cd", "turbo, best look at step 1"]
     assert "turbo, best look at step 1" in Path(got["results"]).read_text() and "best look at step 1" in Path(got["report"]).read_text()
     assert "the student of step 1 was kept" in capsys.readouterr().out
@@ -189,17 +191,17 @@ def test_the_best_look_is_what_is_reported(tmp_path, monkeypatch, capsys):
 
 # --- options that messages recommend ------------------------------------------------------------------
 
-FOREIGN = {"--mixed_precision", "--no-deps"}                     # of accelerate, and of pip
+FOREIGN = {"--mixed_precision", "--no-deps", "--no-"}            # of accelerate, of pip, and the start of every flag that is off
 
 
 def flags():
     "Every option of every verb"
-    verbs, found = cli.parser()._subparsers._group_actions[0].choices, {s for a in cli.parser()._actions for s in a.option_strings}
+    found = set()
     def walk(p):
         for a in p._actions:
             found.update(a.option_strings)
             if isinstance(getattr(a, "choices", None), dict): [walk(q) for q in a.choices.values()]
-    for verb in verbs: walk(cli.parser(verb)._subparsers._group_actions[0].choices[verb])
+    walk(cli.parser())
     return found
 
 
@@ -225,8 +227,8 @@ def test_options_that_an_error_recommends_exist():
 def test_every_setting_of_a_training_is_an_option():
     "And every option of `distill` is a field that something reads"
     have = flags()
-    for cls in (Config, Objective, cli.DistillOptions, cli.SampleOptions, cli.GenerateOptions, cli.CacheOptions, cli.PlanOptions):
+    for cls in (Config, Objective, running.DistillOptions, SampleOptions, GenerateOptions, CacheOptions, PlanOptions):
         assert {f"--{f.name}" for f in fields(cls) if f.name not in ("objective", "kind", "out")} <= have
     lib = "".join(p.read_text() for p in Path(t2v_turbo.__file__).parent.rglob("*.py"))
-    for cls in (Config, cli.DistillOptions, cli.SampleOptions, cli.GenerateOptions, cli.CacheOptions, cli.PlanOptions):
+    for cls in (Config, running.DistillOptions, SampleOptions, GenerateOptions, CacheOptions, PlanOptions):
         for f in fields(cls): assert re.search(rf"\b(cfg|self|c|o|extra|self\.cfg)\.{f.name}\b", lib), f"nothing reads {f.name}"

@@ -19,11 +19,13 @@ import launching
 import t2v_turbo.checkpoints as checkpoints
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.data.cache import open_cache
-from t2v_turbo.checkpoints import Checkpoints, claim, claim_together
+from t2v_turbo.checkpoints import Checkpoints, claim
+from t2v_turbo.cli import main
 from t2v_turbo.files import UserError, atomic, sweep
 from t2v_turbo.data.shards import Shards
 from t2v_turbo.data.tars import write_shards
 from t2v_turbo.teachers.tiny import load_teacher, save_teacher
+from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.world import World
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -61,6 +63,8 @@ def run(script, *args, wait=True):
 
 FULL_DISK = """
 import resource, sys
+from t2v_turbo import train
+from t2v_turbo.cli import main
 save = train.Trainer.save
 def tight(self):                       # from the third step on no file can grow beyond 20 kB
     if self.step == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
@@ -137,6 +141,8 @@ def test_foreign_checkpoint_is_passed_over(done, tmp_path):
 
 NAN = """
 import sys, torch
+from t2v_turbo.train import Config, Objective, Trainer
+from t2v_turbo.files import UserError
 calls, when = 0, [int(x) for x in sys.argv[2].split(",")]
 def reward(frames, prompts):
     global calls; calls += 1
@@ -166,6 +172,8 @@ def test_nan_reward(tmp_path):
 
 SLOW_SAVE = """
 import sys, time
+from t2v_turbo import checkpoints
+from t2v_turbo.cli import main
 rename = checkpoints.os.fsync
 def slow(fd):
     if len(sys.argv) and not getattr(slow, "told", False): print("saving", flush=True); slow.told = True; time.sleep(2)
@@ -249,8 +257,9 @@ from pathlib import Path
 sys.path[:0] = [sys.argv.pop(1)]
 what, shard = sys.argv.pop(1), sys.argv.pop(1)
 if what == "bug": import cpu_fsdp
-from t2v_turbo import checkpoints, core, train
+from t2v_turbo import train
 from t2v_turbo.cli import main
+from t2v_turbo.files import UserError
 step, read = train.Trainer.one_step, train.Trainer.read
 def one_step(self, feed):
     if self.step == 3 and self.accelerator.process_index == 1:
@@ -388,6 +397,7 @@ def test_a_live_run_on_another_machine(tmp_path, fast, monkeypatch):
 
 CHILDREN = """
 import os, subprocess, sys, time
+from t2v_turbo.checkpoints import claim
 with claim(sys.argv[1]):
     child = subprocess.Popen(["sleep", "60"])
     if not (pid := os.fork()):
@@ -424,6 +434,7 @@ def test_a_forked_child_gives_up_nothing(tmp_path):
 REPLACED = """
 import os, signal, sys
 from pathlib import Path
+from t2v_turbo import core
 real, n = os.replace, [0]
 def replace(a, b):
     n[0] += 1
@@ -495,6 +506,8 @@ def test_a_pinned_checkpoint_stays(tmp_path):
 TOGETHER = """
 import sys
 from accelerate import PartialState
+from t2v_turbo.checkpoints import claim_together
+from t2v_turbo.files import UserError
 state = PartialState(cpu=True)
 try:
     with claim_together(sys.argv[1], state): print("mine")
@@ -516,6 +529,8 @@ def test_a_refusal_reaches_every_process(tmp_path):
 
 LEFT_ALONE = """
 import sys, torch
+from t2v_turbo.checkpoints import claim_together
+from t2v_turbo.files import UserError
 from t2v_turbo.train import Config, Objective, Trainer
 t = Trainer(Config(out=sys.argv[1], steps=9, batch=2, rank=2, save_every=2, lr=2e-4, track="", objective=Objective(beta_img=0., beta_vid=0.)))
 try:

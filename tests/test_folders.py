@@ -1,8 +1,9 @@
 "Folders of every kind: what they are taken for, what is refused, and one step of the recipe on each"
 import json
-import pytest
 import re
 import shutil
+
+import pytest
 import torch
 from diffusers import UNet3DConditionModel
 from safetensors.torch import load_file, save_file
@@ -13,14 +14,13 @@ from t2v_turbo.schedule import Schedule
 from t2v_turbo.solver import DDIM
 from t2v_turbo.identity import differing, teacher_identity
 from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2, tiny_wan
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.folders import (ScaledSchedule, defaults_of, in_tiny_world, load_teacher,
                                         local_folder)
 from t2v_turbo.teachers.tiny import WEIGHTS
 from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2, vc2_scheduler, x0_scale
 from t2v_turbo.teachers.wan import save_wan
-from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2, tiny_wan
-
 
 SMALL = dict(size=(16, 24), frames=3)
 

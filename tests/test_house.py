@@ -123,9 +123,12 @@ def imported(code, module):
 def test_notebook_imports_only_from_earlier_ones(nb):
     order = {module_of(p): i for i, p in enumerate(numbered)}
     mine = module_of(nb)
-    if not mine:                               # only reads; then it is at the end, where everything is there to be read
+    at = numbered.index(nb)
+    if not mine:                               # it only reads, and only what a reader has read before it
         assert not any(map(is_export, cells(nb))), f"{nb.name} exports, and has no `#| default_exp`"
-        assert not any(map(module_of, numbered[numbered.index(nb):])), f"{nb.name} has no `#| default_exp`, and stands before others"
+        code = [src(c) for c in cells(nb) if c["cell_type"] == "code"]
+        late = sorted({m for s in code for m in imported(s, "") if order.get(m, -1) > at})
+        assert not late, f"{nb.name} imports from later notebooks: {late}"
         return
     code = [src(c) for c in cells(nb) if is_export(c)]
     py = LIB / (mine.replace(".", "/") + ".py")
@@ -140,6 +143,33 @@ def test_other_notebooks_import_and_never_export(nb):
     bad = [i for i, c in enumerate(cells(nb)) if is_export(c)]
     assert not bad, f"{rel(nb)} is not numbered but exports cells {bad}"
     assert module_of(nb) is None, f"{rel(nb)} is not numbered but has a default_exp"
+
+
+def behind(module, found=None):
+    "A module and all modules of this package that importing it imports"
+    found = set() if found is None else found
+    py = LIB / (module.replace(".", "/") + ".py")
+    if module in found or not py.exists():
+        return found
+    found.add(module)
+    top = ast.Module([n for n in ast.parse(py.read_text(encoding="utf-8")).body
+                      if isinstance(n, (ast.Import, ast.ImportFrom))], [])
+    for m in imported(ast.unparse(top), module):
+        behind(m, found)
+    return found
+
+
+@pytest.mark.parametrize("module, most", [("distill", 1500), ("student", 1100)])
+def test_the_method_has_few_dependencies(module, most):
+    "What a reader of the paper on one page reads with it: no data, no files of weights, no hub"
+    found = behind(module)
+    assert {"files", "core", "schedule", "solver", "consistency", "teachers.base"} <= found
+    far = {"streams", "caches", "data", "hub", "saved", "identity", "world", "pipeline", "train"}
+    for m in found:
+        assert m.split(".")[0] not in far, f"{module} imports {m}"
+        assert m.partition("teachers.")[2] in ("", "base"), f"{module} imports {m}"
+    lines = {m: len((LIB / (m.replace(".", "/") + ".py")).read_text(encoding="utf-8").splitlines()) for m in found}
+    assert sum(lines.values()) <= most, f"{sum(lines.values())} lines behind {module}: {lines}"
 
 
 # --- notebooks -----------------------------------------------------------------------------------

@@ -1,26 +1,15 @@
 "The hub as it is: several formats, gated, private, missing, busy, slow, cut off, offline; and every loading path of the package through it"
-import hub
 import json
-import pytest
-import shutil
 import subprocess
 import sys
 import threading
-import torch
 from pathlib import Path
+
+import hub
+import pytest
+
 from t2v_turbo.files import UserError
-from t2v_turbo.hub import fetch_file, fetch_folder, in_words, pick, wanted, weight_sets
-from transformers.utils import logging
-from huggingface_hub.utils import are_progress_bars_disabled
-from t2v_turbo import hub
-from t2v_turbo.saved import load_student, save_student
-from t2v_turbo.student import Student
-from t2v_turbo.teachers.folders import load_teacher
-from t2v_turbo.cli import main
-from t2v_turbo.rewards import clip, imagereward, loading, names, viclip
-from t2v_turbo.identity import differing, reward_identity
-
-
+from t2v_turbo.hub import fetch_file, in_words, pick, wanted, weight_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
@@ -47,6 +36,7 @@ def fetched(out): return json.loads(out.splitlines()[-1])
 
 
 FETCH = """
+from t2v_turbo.hub import fetch_folder
 at = fetch_folder({name!r}{more})
 print(json.dumps(sorted(p.relative_to(at).as_posix() for p in at.rglob("*") if p.is_file())))
 """
@@ -165,6 +155,7 @@ def test_a_revision_is_kept(served, tmp_path):
 
 def test_one_file(served, tmp_path):
     code = """
+from t2v_turbo.hub import fetch_file
 print(fetch_file("owner/model/old.ckpt").read_bytes() == b"old.ckpt"*80, told(fetch_file, "owner/model/old.ckp"), told(fetch_file, "owner/none/a.pt"), sep="|")
 """
     same, near, none = run(served, tmp_path/"home", code)[0].split("|")
@@ -231,6 +222,8 @@ def test_an_interrupted_download_goes_on(served, tmp_path, then):
 
 def test_a_disk_without_room(served, tmp_path):
     code = """
+import shutil
+from t2v_turbo import hub
 hub.shutil.disk_usage = lambda at: shutil._ntuple_diskusage(9, 9, 9)
 print(told(hub.fetch_folder, "owner/model"))
 """
@@ -247,6 +240,9 @@ def test_a_damaged_index(served, tmp_path):
 def test_bars_are_shown_where_other_libraries_show_none(served, tmp_path):
     "A command switches the bars of transformers off, and with them those of the hub; on a terminal they are there while files come"
     code = """
+from transformers.utils import logging
+from huggingface_hub.utils import are_progress_bars_disabled
+from t2v_turbo import hub
 logging.disable_progress_bar()
 seen, fetch = [], hub.snapshot_download
 hub.snapshot_download = lambda *a, **k: seen.append(are_progress_bars_disabled()) or fetch(*a, **k)
@@ -270,6 +266,10 @@ def test_teachers(world, tmp_path):
     "By the published names, in both precisions; and a student that finds its teacher again by name, without the hub"
     ms = "ali-vilab/text-to-video-ms-1.7b"
     code = f"""
+import torch
+from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.student import Student
 half = load_teacher("{ms}", dtype=torch.float16, frames=4)
 print(half.name, half.denoiser.dtype, half.options, half.tokenizer(["ab"])["input_ids"][0][:3])
 save_student(Student(half, rank=2), "{tmp_path}/s")
@@ -279,6 +279,9 @@ save_student(Student(half, rank=2), "{tmp_path}/s")
     weights = {n for n in names(world, ms) if n.endswith((".safetensors", ".bin", ".msgpack", ".pth"))}
     assert weights == {"unet/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors"}
     code = f"""
+import torch
+from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.saved import load_student
 again = load_teacher("{ms}", frames=4)                     # what there is of it, without a network
 print(again.denoiser.dtype, load_student("{tmp_path}/s", load_teacher("{ms}", dtype=torch.float16, frames=4)).teacher.name)
 print(told(load_teacher, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
@@ -286,6 +289,7 @@ print(told(load_teacher, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
     out, _ = run(world, tmp_path/"home", code, HF_HUB_OFFLINE="1")
     assert out.startswith(f"torch.float32 {ms}") and "there is no folder 'Wan-AI" in out and "cannot be reached (offline)" in out
     code = f"""
+from t2v_turbo.teachers.folders import load_teacher
 full = load_teacher("{ms}", frames=4)
 wan = load_teacher("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", frames=9, size=(32, 32))
 print(full.denoiser.dtype, wan.latent_shape)
@@ -300,6 +304,7 @@ print(load_teacher("{ms}", variant="fp16", frames=4).options)
 def test_published_students(world, tmp_path):
     "The list and its base model by their names on the hub, in one command"
     code = f"""
+from t2v_turbo.cli import main
 print(main(["convert", "lora", "jiachenli-ucsb/T2V-Turbo-MS/unet_lora.pt", "--base", "ms", "{tmp_path}/out"]))
 print(main(["convert", "lora", "jiachenli-ucsb/T2V-Turbo-MS/unet_lor.pt", "--base", "ms", "{tmp_path}/other"]))
 """
@@ -312,6 +317,9 @@ print(main(["convert", "lora", "jiachenli-ucsb/T2V-Turbo-MS/unet_lor.pt", "--bas
 def test_rewards(world, tmp_path):
     (tmp_path/"merges.txt").write_text("#version\n")
     code = f"""
+import torch
+from t2v_turbo.identity import differing, reward_identity
+from t2v_turbo.rewards import clip, imagereward, loading, names, viclip
 x, words, v = torch.rand(1, 3, 2, 40, 40), ["ab"], "{tmp_path}/merges.txt"
 for rm in (clip.hpsv2(vocabulary=v), clip.clipscore(), clip.pickscore(dtype=torch.float32)): print(rm.facts.name, tuple(rm(x, words).shape))
 torch.save(dict(weight=torch.ones(1, 24), bias=torch.zeros(1)), "{tmp_path}/head.pth")

@@ -1,5 +1,6 @@
 "Sampling as published, from any folder: timesteps, guidance, the frames that are decoded, precision, memory"
 import json
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -10,14 +11,13 @@ from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.pipeline import T2VTurboPipeline
 from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.published import (convert_lora, convert_merged, layer_shapes, load_unet,
                                           with_w_projection)
 from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2
 from t2v_turbo.train import Config, Trainer
-from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2
-
 
 SMALL = dict(size=(16, 24), frames=3)
 

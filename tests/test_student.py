@@ -2,13 +2,14 @@
 import copy
 import json
 import math
-import pytest
 import shutil
 import subprocess
 import sys
-import torch
 from pathlib import Path
 from types import SimpleNamespace
+
+import pytest
+import torch
 from diffusers import UNet3DConditionModel
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,18 +20,16 @@ from t2v_turbo.consistency import consistency_fn, w_embedding
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Objective
 from t2v_turbo.pipeline import T2VTurboPipeline, sample_student
-from t2v_turbo.saved import (load_merged, load_student, own_sampling, sampling_of, save_student,
-                             student_id, student_tensors)
+from t2v_turbo.saved import load_merged, load_student, own_sampling, sampling_of, save_student, student_id, student_tensors
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
 from t2v_turbo.student import Student, fold_lora
 from t2v_turbo.teachers import loading
-from t2v_turbo.teachers.loading import PEFT, load_part, load_streamed, tensors_in
 from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.teachers.loading import PEFT, load_part, load_streamed, tensors_in
 from t2v_turbo.teachers.published import convert_lora, layer_shapes, load_unet, with_w_projection
-from t2v_turbo.teachers.tiny import TinyVideoDenoiser, WEIGHTS
+from t2v_turbo.teachers.tiny import WEIGHTS, TinyVideoDenoiser
 from t2v_turbo.teachers.wan import save_wan
 from t2v_turbo.train import Config, Trainer
-from t2v_turbo.standins import tiny_modelscope, tiny_wan
-
 
 ROOT = Path(__file__).parent.parent
 

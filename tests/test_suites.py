@@ -10,10 +10,10 @@ import av
 import pytest
 import torch
 
+from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.pipeline import T2VTurboPipeline
-from t2v_turbo.suites import (by_student, by_teacher, generate, jobs, processes, read_suite,
-                              video_seed)
+from t2v_turbo.suites import by_student, by_teacher, generate, jobs, read_suite, video_seed
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher
 
 SETTINGS = dict(model="noise", suite="vbench")
@@ -172,6 +172,7 @@ def test_other_settings_are_refused(tmp_path):
 SCRIPT = """
 import sys, torch
 from t2v_turbo.core import make_gen
+from t2v_turbo.suites import generate, jobs, processes
 def noise(prompts, seeds): return torch.stack([torch.rand(3, 4, 32, 32, generator=make_gen(s)) for s in seeds])
 n = generate(noise, jobs([("a cat", 5), ("a dog", 2)], "vbench"), sys.argv[1], dict(model="noise", suite="vbench"))
 print(f"rank {processes().process_index} of {processes().num_processes} made {n}")

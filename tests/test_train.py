@@ -2,45 +2,43 @@
 import json
 import math
 import os
-import pytest
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import t2v_turbo.precision as precision
 import time
-import torch
 from pathlib import Path
+
+import pytest
+import torch
+import t2v_turbo.precision as precision
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
+
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import TextCache
 from t2v_turbo.checkpoints import CannotSave
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective, draw
+from t2v_turbo.data.sources import open_source
 from t2v_turbo.saved import load_student
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.standins import tiny_modelscope, tiny_wan
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.tiny import WEIGHTS
 from t2v_turbo.teachers.wan import save_wan
-from dataclasses import replace
-from t2v_turbo import precision, train
-from t2v_turbo.train import Config, Objective, Trainer
-from t2v_turbo.world import World
-from t2v_turbo.data.build import build_cache
-from t2v_turbo.data.cache import TextCache, open_cache
-from t2v_turbo.data.recipes import dice
-from t2v_turbo.data.sources import open_source
-
-
+from t2v_turbo.train import Config, Trainer
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 ONE_STEP = """
+import sys, torch
+from t2v_turbo.train import Config, Trainer
 out, where, pieces = sys.argv[1:]
 trainer = Trainer(Config(out=out, batch=8, rank=4, seed=3, accumulate=int(pieces), track=""))
 with torch.no_grad():                      # away from B = 0, so that every weight has a gradient
@@ -86,6 +84,8 @@ def distill(out, *more, wait=True):
 
 
 WHOLE = """
+import sys
+from t2v_turbo.train import Config, Trainer
 for _ in Trainer(Config(out=sys.argv[1], steps=8, batch=2, rank=4, save_every=2, track="")).fit(): pass
 """
 
@@ -124,6 +124,15 @@ def test_unshareable_batch_is_refused(tmp_path):
 
 
 CACHED = """
+import sys, torch
+from dataclasses import replace
+from t2v_turbo import train
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import open_cache
+from t2v_turbo.data.recipes import dice
+from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.train import Config, Trainer
+from t2v_turbo.world import World
 d, teacher, where = sys.argv[1], load_teacher("tiny"), dict(batch=4, progress=False)
 build_cache("latents", teacher, World("train", 0, 8, 32), f"{d}/lat", 8, shard=1, dtype="float32", **where)
 build_cache("text", teacher, World("train", 0, 8, 32), f"{d}/txt", 8, dtype="float32", **where)
@@ -290,6 +299,9 @@ def test_mixed_precision_fp16(tmp_path, monkeypatch):
 
 
 OVERFLOW = """
+import json, os, sys
+from t2v_turbo import precision
+from t2v_turbo.train import Config, Objective, Trainer
 out, stop = sys.argv[1], int(sys.argv[2])
 precision.START, precision.GROWTH = 2.**20, 2                  # too high for a reward in float16, which has no numbers above 65504
 t = Trainer(Config(out=out, steps=9, batch=4, rank=2, save_every=1, max_skipped=2, dtype="float16", track="", objective=Objective(beta_vid=0.)))

@@ -120,8 +120,7 @@ def arguments(command):
     return words[words.index("t2v_turbo.cli") + 1:] if "t2v_turbo.cli" in words else words[1:]
 
 
-@functools.cache
-def parser(verb): return cli.parser(verb)
+parser = functools.cache(cli.parser)
 
 
 ours = [c for c in COMMANDS if CLASSES.get(class_of(c[2])) == "ours" and c[1] != "told"]
@@ -133,7 +132,7 @@ def test_the_options_of_a_command_exist(page, kind, command):
     words = arguments(command)
     if not words: return                                               # `accelerate launch -m t2v_turbo.cli`: what follows is said in words
     with contextlib.redirect_stderr(io.StringIO()) as err:
-        try: parser(words[0]).parse_args(words)
+        try: parser().parse_args(words)
         except SystemExit as e: assert not e.code or kind == "text" and "required" in err.getvalue(), f"{page}: {command}\n{err.getvalue()[-500:]}"
 
 

@@ -9,6 +9,7 @@ __all__ = ['CachePlan', 'make_shard', 'build_cache']
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from fastcore.basics import patch
@@ -18,7 +19,8 @@ from .cache import Cache
 from .cache_files import (DTYPES, cache_bytes, claim_folder, keep_record, key_of,
                                         list_faults, merge_manifest, resume_source, shard_rows,
                                         write_shard)
-from .recipes import RECIPES, Pairs, Samples, Texts, make_batch, prompts_of, teacher_id
+from .recipes import (RECIPES, Pairs, Samples, Texts, make_batch, prompts_of,
+                                    teacher_id)
 from .sources import Prompts
 from ..files import UserError, at_least, sweep
 from ..teachers.base import Teacher
@@ -39,6 +41,11 @@ class CachePlan:
     progress:bool = True    # show a bar
     options:dict = field(default_factory=dict) # of the recipe: `k`, `seed`, `texts`, `w`, `steps`
 
+    if TYPE_CHECKING: # written below
+        def check(self)->None: ...
+        def todo(self, folder, about:dict)->list: ...
+        def build(self, teacher:Teacher, source, folder)->Path: ...
+
 # %% ../../nbs/17c_build.ipynb #0f27bb47
 def _check_options(kind, options):
     "Raise `UserError` if there is no such recipe, or it has no such options"
@@ -50,7 +57,7 @@ def _check_options(kind, options):
                                              f"{', '.join(allowed) or 'none'}")
 
 @patch
-def check(self:CachePlan):
+def check(self:CachePlan)->None:
     "Raise `UserError` if a setting is wrong"
     _check_options(self.kind, self.options)
     at_least(vars(self) | dict(samples=self.samples or 0),
@@ -97,7 +104,7 @@ def mine(self:CachePlan, about):
     return range(self.rank, len(shard_rows(about)), self.num_processes)
 
 @patch
-def todo(self:CachePlan, folder, about):
+def todo(self:CachePlan, folder, about:dict)->list:
     "List the shards that this process has to compute"
     return list(list_faults(folder, about, self.verify, self.mine(about)))
 
@@ -154,6 +161,7 @@ def build(self:CachePlan,
     merge_manifest(folder, about)
     return folder
 
+# %% ../../nbs/17c_build.ipynb #ad90ddea
 def build_cache(kind:str,         # `text`, `latents`, `samples` or `pairs`
                 teacher:Teacher,  # whose networks run, on their device
                 source,           # prompts, clips, or a cache of latents; see `RECIPES`

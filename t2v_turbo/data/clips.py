@@ -55,18 +55,6 @@ class Clips(Dealt):
         self.frames, self.size, self.fps = frames, size, fps
         self.skipped, self._lock = [], Lock() # pairs (name, why)
 
-    def _read(self, at):
-        "Read the clip at place `at`; the next good one stands in for a broken one"
-        (epoch, place), n = divmod(at, len(self)), len(self)
-        for k in range(n):
-            i = self.order(epoch)[(place + k) % n].item()
-            try: return self.load(i, step_gen(self.seed, at))
-            except BadClip as e: self.skip(self.name(i), str(e))
-            except UserError: raise
-            except Exception as e: raise UserError(
-                f"{self.name(i)} stopped the reader ({type(e).__name__}: {e}).") from e
-        raise UserError(f"No video can be read any more. {reasons(self.skipped)}")
-
 # %% ../../nbs/06c_clips.ipynb #964cfd98
 @patch
 def skip(self:Clips, name, why):
@@ -84,6 +72,19 @@ def left_out(self:Clips, where):
     if n: warnings.warn(f"{n} of {n + len(self)} videos in {where} are left out. {why}")
 
 # %% ../../nbs/06c_clips.ipynb #95390150
+@patch
+def _read(self:Clips, at):
+    "Read the clip at place `at`; the next good one stands in for a broken one"
+    (epoch, place), n = divmod(at, len(self)), len(self)
+    for k in range(n):
+        i = self.order(epoch)[(place + k) % n].item()
+        try: return self.load(i, step_gen(self.seed, at))
+        except BadClip as e: self.skip(self.name(i), str(e))
+        except UserError: raise
+        except Exception as e: raise UserError(
+            f"{self.name(i)} stopped the reader ({type(e).__name__}: {e}).") from e
+    raise UserError(f"No video can be read any more. {reasons(self.skipped)}")
+
 @patch
 def batch(self:Clips,
           step:int, # which batch

@@ -43,6 +43,7 @@ def grouped_order(sizes:tuple[int, ...], # clips in each shard
 # %% ../../nbs/07a_shards.ipynb #93b1259a
 class Shards(Recorded):
     "Source of captioned clips from tar files, deterministic in (seed, step)"
+    options = "cache", "check" # of the index, beside those of `__init__`
     def __init__(self,
                  data, # folder of tars, pattern or list, see `find_shards`
                  frames:int=8, # t
@@ -51,14 +52,13 @@ class Shards(Recorded):
                  seed:int=0, # seed of order and starts
                  missing:str="error", # at a missing or damaged shard: "error", or "skip" the loss
                  mix:int=0, # shards that are shuffled together; 0 is all
-                 cache=None, # folder for the indices, see `shard_index`
-                 check:bool=True, # whether to open every video once, for the index
+                 **index, # options of `shard_index`: `cache`, `check`
                 ):
         super().__init__(frames, size, fps, seed)
         check_missing(missing)
         if mix < 0: raise UserError(f"mix is {mix}: give a number of shards, or 0 for all.")
         self.shards, self.mix, self.missing = find_shards(data), mix, missing
-        got = in_threads(partial(self._look, cache=cache, check=check), self.shards, "indexing")
+        got = in_threads(partial(self._look, **index), self.shards, "indexing")
         self.parts, skipped, faults = map(list, zip(*got))
         lost = [(p, f"{p} {why}.") for p, why in zip(self.shards, faults) if why]
         if lost and missing == "error": raise UserError(
@@ -88,7 +88,7 @@ class Contents:
 
 # %% ../../nbs/07a_shards.ipynb #f0a6d6ad
 @patch
-def _look(self:Shards, path, cache, check):
+def _look(self:Shards, path, cache=None, check=True):
     "Read of one shard its `Contents`, what is skipped, and what is wrong with it"
     try: index = shard_index(path, cache, check)
     except OSError as e: index = dict(clips=[], skipped=[], fault=f"cannot be read ({e.strerror})")

@@ -98,10 +98,10 @@ def open_source(data, # "" for the tiny world; folder, tars, table or text file
     kind = _source_of(data) if data else World
     if kind is World and size[0] != size[1]: raise UserError(
         f"The tiny world has square clips, not {size[0]}x{size[1]}: give data, or a square size.")
-    takes = inspect.signature(kind).parameters
+    takes = {*inspect.signature(kind).parameters, *getattr(kind, "options", ())}
     if "missing" in takes: options["missing"] = missing
     if mix or "mix" in takes: options["mix"] = mix
-    wrong = options.keys() - takes.keys()
+    wrong = options.keys() - takes
     if wrong: raise UserError(
         f"{data or 'The tiny world'} has no option {', '.join(sorted(wrong))}.")
     if kind is World: return World(seed=seed, frames=frames, size=size[0], **options)

@@ -127,7 +127,7 @@ def tar_samples(members:list, # triples (name, offset, size)
         folder, slash, base = stem.rpartition("/")
         groups.setdefault(folder + slash + base.partition(".")[0], []).append((stem, ending))
     for short, parts in groups.items():
-        one = len({e for _, e in parts}) == len(parts)     # else the dots tell several samples apart
+        one = len({e for _, e in parts}) == len(parts)    # else the dots separate several samples
         for stem, ending in parts:
             out.setdefault(short if one else stem, {})[ending] = found[stem, ending]
     return out, again

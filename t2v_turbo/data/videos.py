@@ -109,7 +109,7 @@ def probe(video, # path of a video, or an open file
         return _end(box, v)
 
 # %% ../../nbs/06a_videos.ipynb #8759b04b
-_ALPHA = dict(vp8="libvpx", vp9="libvpx-vp9")  # decoders that know the transparency of WebM
+_ALPHA = dict(vp8="libvpx", vp9="libvpx-vp9")  # decoders that read the transparency of WebM
 
 def _packets(box, v):
     "Yield the packets of a stream; raise at a block of zeros, which VP8 would decode"

@@ -89,7 +89,7 @@ def rendered_pairs(frames:int=8, # of a clip
 # %% ../../nbs/27_reward_check.ipynb #0b4829c6
 @dataclass(frozen=True)
 class Verdict:
-    "What a reward says of a pair"
+    "How a reward scores a pair"
     name:str     # of the pair
     good:float   # mean score of the good clips
     bad:float    # and of the bad ones
@@ -103,9 +103,9 @@ class Verdict:
         return self.good > self.bad
 
 def unfair(reward,    # a reward
-           pair:Pair, # what it is to be asked
+           pair:Pair, # good and bad clips to score
           )->str:     # empty when it is fair
-    "Why a reward cannot be asked about a pair"
+    "Why a pair does not count for a reward"
     facts, words = getattr(reward, "facts", None), getattr(reward, "tokenizer", None)
     if facts and facts.frames == 1 and pair.name == "flicker": return "it sees one frame at a time"
     unk = getattr(words, "unk_token_id", None)
@@ -138,7 +138,7 @@ def verdicts(rows:list, # of `Verdict`
 # %% ../../nbs/27_reward_check.ipynb #7c4265f2
 @dataclass(frozen=True)
 class Gradient:
-    "What `check_gradient` finds"
+    "The result of `check_gradient`"
     norm:float   # of the gradient in the pixels
     share:float  # of the pixels that have one
     ratio:float  # finite difference over the slope that the gradient promises
@@ -176,7 +176,7 @@ def reward_check(text:str,          # `name`, or `name@weights`
                  dtype:str="float32", # of the network: float32, bfloat16, float16 or float64
                  clips:int=24,      # rendered clips, 1..24
                 )->int:             # exit code: 1 if something is wrong
-    "Ask one reward about good and bad clips, and test its gradient"
+    "Score good and bad clips with one reward, and test its gradient"
     name, weights, own = _asked(text, good, bad, prompt, dtype, clips)
     options = dict(dtype=getattr(torch, dtype))
     if vocabulary: options |= dict(vocabulary=vocabulary)
@@ -197,7 +197,7 @@ def reward_check(text:str,          # `name`, or `name@weights`
     return int(not (grad.right and all(v.right or v.unfair for v in rows)))
 
 def _asked(text, good, bad, prompt, dtype, clips):
-    "Name, weights, and the pair of files with its prompt; a mistake is told before anything loads"
+    "Name, weights, and the pair of files with its prompt; mistakes are reported before loading"
     name, weight, weights = parse_reward(text)
     if "=" in text.partition("@")[0]: raise UserError(f"{text!r}: give NAME or NAME@WEIGHTS")
     if dtype not in ("float32", "bfloat16", "float16", "float64"):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 from ..core import clips_of, frames_of
 from ..files import UserError
-from .base import CosineReward, Facts, at_least_fp32, in_chunks
+from .base import Facts, at_least_fp32
+from .cosine import CosineReward, in_chunks
 from ..teachers.loading import check_words, not_counted, read_torch, which_weights
 from .loading import (CLIP_STATS, crop, fetch, letterbox, linear_head, normalise,
                                        pretrained, squash, tokenizer_of)

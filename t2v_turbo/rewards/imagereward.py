@@ -15,7 +15,8 @@ from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from ..core import clips_of, frames_of
-from .base import Facts, Reward, at_least_fp32, in_chunks
+from .base import Facts, Reward, at_least_fp32
+from .cosine import in_chunks
 from .loading import (CLIP_STATS, crop, fetch, linear_head, normalise,
                                        tokenizer_of)
 from ..teachers.base import tokenize

@@ -89,7 +89,7 @@ class CrossAttention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 class AttentionPool(nn.Module):
-    "The mean of the tokens asks all tokens"
+    "Pool tokens by attention; the query is their mean"
     def __init__(self,
                  dim:int,   # channels
                  heads:int, # of the attention
@@ -202,7 +202,7 @@ TRAINING_ONLY = ("vision_encoder.clip_decoder.", "vision_encoder.final_clip_deco
                  "text_encoder.bert.pooler.", "itm_head.", "temp")
 
 def internvideo2_table(net:InternVideo2, # may be on the `meta` device
-                       state:dict,       # the file: tells which training-only tensors are there
+                       state:dict,       # the file, which may hold training-only tensors
                       )->dict:           # published name: row
     "The rows of InternVideo2's file; the names differ only in `bert.`"
     own = {k.replace("text_encoder.", "text_encoder.bert.", 1): [k] for k in net.state_dict()}

@@ -111,7 +111,7 @@ def missing_rewards(kinds:list,  # image, video or both: the rewards that a run 
                     texts:list,  # what `--reward` was given, `list[str]`
                     offers:list, # what could be added, in the same form
                    )->dict:      # kind: what to add to `--reward`
-    "The kinds of reward that are needed but not named; nothing is loaded"
+    "The kinds of reward that a run needs but `--reward` lacks; nothing is loaded"
     kind = lambda text: kind_of_reward(parse_reward(text)[0])
     have, more = set(map(kind, texts)), {kind(t): t for t in offers}
     return {k: more[k] for k in kinds if k not in have}

@@ -8,19 +8,19 @@ __all__ = ['VICLIP_L', 'VICLIP_B', 'run_layers', 'ViCLIPVision', 'VideoReward', 
 
 # %% ../../nbs/23_viclip.ipynb #9fdaa4dd
 from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-
 from ..core import clips_of, frames_of
-from .base import CosineReward, Facts
+from .base import Facts
+from .cosine import CosineReward
 from .loading import IMAGENET_STATS, crop, fetch, normalise
 from ..text import clip_merges, clip_tokenizer
-from ..weights import (block_rows, convert, depth, fill, read_weights, size_of,
-                               text_rows)
+from ..weights import block_rows, convert, depth, fill, read_weights, size_of, text_rows
+
+
 
 # %% ../../nbs/23_viclip.ipynb #78f492b0
 def run_layers(layers,       # modules, called one after the other
@@ -116,7 +116,7 @@ VICLIP_B = Facts("viclip-b16", 8, 32, 224, "Apache-2.0",
 
 def viclip_sizes(state:dict,     # name: tensor, as published
                  heads:tuple=(), # of the image and the text tower; `()`: of 64 channels
-                 what:str="ViCLIP", # how an error calls the weights
+                 what:str="ViCLIP", # how an error names the model
                 )->tuple[CLIPVisionConfig, CLIPTextConfig]:
     "The sizes of both towers, read from the tensors"
     size = lambda k: size_of(state, k, what)

@@ -8,15 +8,16 @@ __all__ = ['PRISM_B', 'PRISM_L', 'stock', 'checkpointing', 'VideoPrism', 'videop
 # %% ../../nbs/25_videoprism.ipynb #9fdaa4dd
 from dataclasses import replace
 from typing import Any
-
 import torch
 import transformers
 from torch import Tensor, nn
-
 from ..core import clips_of, frames_of
 from ..files import UserError
-from .base import CosineReward, Facts
+from .base import Facts
+from .cosine import CosineReward
 from .loading import pretrained, squash, tokenizer_of
+
+
 
 # %% ../../nbs/25_videoprism.ipynb #446ab935
 PRISM_B = Facts("videoprism-base", 16, 64, 288, "Apache-2.0", "google/videoprism-lvt-base-f16r288")

@@ -77,6 +77,14 @@ class Teacher(nn.Module):
         self.register_buffer("latent_std", std.view(1, -1, 1, 1), persistent=False)
         self.requires_grad_(False).eval()
 
+# %% ../../nbs/10_teachers.ipynb #51f5a4c6
+def zero_w_projection(denoiser:nn.Module, # a denoiser built with `time_cond_proj_dim`
+                     )->nn.Module:        # the same module
+    "Zero the w-projection, which diffusers starts at random: the student starts at its teacher"
+    proj = [m for n, m in denoiser.named_modules() if n.endswith("cond_proj")]
+    for m in proj: nn.init.zeros_(m.weight)
+    return denoiser
+
 # %% ../../nbs/10_teachers.ipynb #ba4d3a94
 @patch(as_prop=True)
 def device(self:Teacher)->torch.device: # of its weights
@@ -92,6 +100,7 @@ def encode_text(self:Teacher,
         ids = tokenize(self.tokenizer, prompts).to(self.device)
         return self.text_encoder(ids).last_hidden_state
 
+# %% ../../nbs/10_teachers.ipynb #d1d95eb1
 @patch
 def encode(self:Teacher,
            clips:Tensor,        # `(b 3 t h w)` in [0,1]
@@ -131,19 +140,12 @@ def denoise(self:Teacher,
                         timestep_cond=cond, return_dict=False)[0]
     return self.schedule.x0_eps(zt.float(), out.float(), t, self.prediction_type)
 
+# %% ../../nbs/10_teachers.ipynb #6870c47c
 @patch
 def lora_targets(self:Teacher)->list:
     "Names of the linear and convolution layers that LoRA goes to: all but the w-projection"
     return [n for n, m in self.denoiser.named_modules()
             if isinstance(m, (nn.Linear, _ConvNd)) and not n.endswith("cond_proj")]
-
-# %% ../../nbs/10_teachers.ipynb #51f5a4c6
-def zero_w_projection(denoiser:nn.Module, # a denoiser built with `time_cond_proj_dim`
-                     )->nn.Module:        # the same module
-    "Zero the w-projection, which diffusers starts at random: the student starts at its teacher"
-    proj = [m for n, m in denoiser.named_modules() if n.endswith("cond_proj")]
-    for m in proj: nn.init.zeros_(m.weight)
-    return denoiser
 
 # %% ../../nbs/10_teachers.ipynb #2923929b
 @patch

@@ -78,7 +78,7 @@ def shift(self:Flow)->float:
 
 @patch
 def time(self:Flow, t:Tensor)->Tensor:
-    "What the network is told at `t`: 1000 sigma, float32"
+    "The time input of the network at `t`: 1000 sigma, float32"
     return 1000*self.sigma.to(t.device)[t]
 
 @patch
@@ -95,7 +95,7 @@ def v(self:Flow, z0:Tensor, noise:Tensor, t:Tensor)->Tensor:
 @patch
 def x0_eps(self:Flow,
            zt:Tensor,  # what the network saw (b, ...)
-           out:Tensor, # what it said, like `zt`
+           out:Tensor, # what it predicted, like `zt`
            t:Tensor,   # timesteps (b,)
            kind:str="flow_prediction", # or 'epsilon' or 'sample'
           ):           # (x0, eps), float32
@@ -181,7 +181,7 @@ def check_clip(frames:int,  # frames of a clip
                every:int=4, # frames of a latent, after the first
                step:int=16, # pixels of a token
               )->None:
-    "Refuse what Wan cannot take, and name the nearest that it can"
+    "Raise `UserError` for frames or a size that Wan cannot take, and name the nearest that it can"
     whole = max(1, round((frames-1)/every)*every + 1)
     if frames != whole:
         raise UserError(f"{frames} frames are not possible: Wan takes {every}k+1 frames, "
@@ -224,7 +224,7 @@ class WanTeacher(FlowTeacher):
 def encode_text(self:WanTeacher,
                 prompts:list,   # captions, `list[str]`; the null prompt is `""`
                )->Tensor:       # context `(b n d)`, zeros where the prompt has ended
-    "What UMT5 says of a prompt; spaces and HTML entities are cleaned as in `WanPipeline`"
+    "Encode prompts with UMT5; spaces and HTML entities are cleaned as in `WanPipeline`"
     with torch.no_grad():
         clean = [" ".join(html.unescape(html.unescape(p)).split()) for p in prompts]
         ids = tokenize(self.tokenizer, clean, self.tokens).to(self.device)
@@ -323,7 +323,7 @@ def _class_of(folder, part, file="config.json"):
     raise UserError(f"{str(path)!r} lacks the name of its class: give it as it was published")
 
 def _check_fit(teacher, folder):
-    "Refuse latents that the transformer cannot take"
+    "Raise `UserError` for latents that the transformer cannot take"
     net, latents = teacher.denoiser.config, torch.zeros(1, *teacher.latent_shape)
     if not isinstance(teacher, WanTeacher):
         f = 2**(len(teacher.vae.config.block_out_channels) - 1)
@@ -333,9 +333,24 @@ def _check_fit(teacher, folder):
         raise UserError(f"{str(folder)!r} holds a transformer of {net.in_channels} channels for "
                         f"latents of {latents.shape[1]}: give Wan 2.1 T2V, not I2V")
 
+# %% ../../nbs/14_wan.ipynb #b51ffe48
+def _numbers(about, **given):
+    "Frames, rate and size: as given, or else those of `teacher.json`, or else the class's own"
+    found = {k: about.get(k) if v is None else v for k, v in given.items()}
+    for k in ("frames", "fps"):
+        if found[k] is not None: check_whole(k, found[k])
+    return {k: tuple(v) if k == "size" else v for k, v in found.items() if v is not None}
+
+def _scheduler_of(folder):
+    name = _class_of(folder, "scheduler", "scheduler_config.json")
+    if (cls := getattr(diffusers, name, None)) is None:
+        raise UserError(f"{str(folder)!r} names a scheduler {name} that diffusers does not have: "
+                        "give the folder as it was published")
+    return load_part(cls, folder, "scheduler")
+
 # %% ../../nbs/14_wan.ipynb #61765908
 def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan`
-             frames:int|None=None,  # frames of a clip; the teacher's own by default, as below
+             frames:int|None=None,  # frames of a clip; the teacher's own by default
              size:tuple|None=None,  # height and width
              fps:int|None=None,     # frames a second
              dtype=torch.float32, # of all weights; the time layers of Wan stay float32
@@ -347,22 +362,13 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
     if found[0] != "WanTransformer3DModel" or found[1] not in _KINDS:
         raise UserError(f"{str(folder)!r} holds a {found[0]} with an {found[1]}: give Wan 2.1")
     vae, text = _KINDS[found[1]]
-    given:dict = {k: about.get(k) if v is None else v
-             for k, v in dict(frames=frames, fps=fps, size=size).items()}
-    for k in ("frames", "fps"):
-        if given[k] is not None: check_whole(k, given[k])
-    given = {k: tuple(v) if k == "size" else v for k, v in given.items() if v is not None}
-    cls = WanTeacher if vae is AutoencoderKLWan else FlowTeacher
-    name = _class_of(folder, "scheduler", "scheduler_config.json")
-    if (scheduler := getattr(diffusers, name, None)) is None:
-        raise UserError(f"{str(folder)!r} names a scheduler {name} that diffusers does not have: "
-                        "give the folder as it was published")
+    numbers = _numbers(about, frames=frames, fps=fps, size=size)
+    cls, scheduler = WanTeacher if vae is AutoencoderKLWan else FlowTeacher, _scheduler_of(folder)
     part = lambda kind, name: load_part(kind, folder, name, dtype, variant)
     words, eyes = part(text, "text_encoder"), part(vae, "vae")
     net = guided_wan(part(WanTransformer3DModel, "transformer")) # last: it is read tensor by tensor
-    teacher = cls(str(folder), net, eyes, words,
-                  load_part(AutoTokenizer, folder, "tokenizer"),
-                  load_part(scheduler, folder, "scheduler"), **given)
+    tokenizer = load_part(AutoTokenizer, folder, "tokenizer")
+    teacher = cls(str(folder), net, eyes, words, tokenizer, scheduler, **numbers)
     _check_fit(teacher, folder)
     return teacher
 
