@@ -86,8 +86,8 @@ VERBS += (
          "using:print_rewards"),
     Verb("reward check", "exit code 1 if it prefers bad clips or its gradient is wrong",
          "using:RewardCheck.run", ("using:RewardCheck",)),
-    Verb("pretrain", "train the weights that ship with the package", "preparing:PretrainOptions.run",
-         ("preparing:PretrainOptions",)),
+    Verb("pretrain", "train the weights that ship with the package",
+         "preparing:PretrainOptions.run", ("preparing:PretrainOptions",)),
     Verb("completion", "print a script that completes commands in a shell", "cli:Completion.run",
          ("cli:Completion",), quiet=False),
 )

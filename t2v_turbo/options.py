@@ -165,7 +165,9 @@ SAID = {int: "a whole number", float: "a number"}
 
 class Flag(argparse.BooleanOptionalAction):
     "A setting switched on or off, as a value of its own type"
-    def __init__(self, *args, kind=bool, **kwargs):
+    def __init__(self, *args,
+                 kind=bool, # `bool`, or `int` for 0 and 1
+                 **kwargs):
         super().__init__(*args, **kwargs)
         self.kind = kind
 
