@@ -20,6 +20,7 @@ from launching import ENV, ROOT, SMALL, coded, finish, launch, put, said
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen
 from t2v_turbo.data import read_clip
+from t2v_turbo.train import Config, Objective, Trainer
 from test_streams import blotted, real  # noqa: F401 (a fixture)
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
