@@ -11,8 +11,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import (AutoencoderKL, ConfigMixin, DDIMScheduler, ModelMixin,
-                       WanTransformer3DModel)
+from diffusers import AutoencoderKL, DDIMScheduler, WanTransformer3DModel
 from diffusers.configuration_utils import register_to_config
 from fastcore.basics import patch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
