@@ -117,8 +117,8 @@ def read_settings(path:str,    # `settings.json`, or the folder of a run
     own = dict(held["settings"] if of_run else held)
     known = {o.name: o for o in options}
     if odd := [k for k in own if k not in known]: raise UserError(
-        f"`{command}` has no {', '.join(map(repr, odd))}, which {str(file)!r} sets: give --config a "
-        f"file of `{command}`, or a copy without {'it' if len(odd) == 1 else 'them'}")
+        f"`{command}` has no {', '.join(map(repr, odd))}, which {str(file)!r} sets: give --config "
+        f"a file of `{command}`, or a copy without {'it' if len(odd) == 1 else 'them'}")
     old = own.pop("out", "") if of_run else ""
     if of_run and not out: raise UserError(
         f"--config {path} holds the settings of a run in {old!r}: add --out DIR for a new run, or "
