@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'FILES', 'expand_to', 'frames_of', 'clips_of', 'make_gen', 'pick_device', 'pick_dtype', 'as_dtype',
-           'step_seed', 'step_gen', 'strip', 'show_strips', 'fetch_beside', 'check_finite', 'write_video', 'video_html']
+           'step_seed', 'step_gen', 'seeded', 'strip', 'show_strips', 'fetch_beside', 'check_finite', 'write_video',
+           'video_html']
 
 # %% ../nbs/01_core.ipynb #5fa9660b
 import base64, hashlib, os, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -84,6 +86,14 @@ def step_gen(seed:int,    # seed of the run, any integer
             )->torch.Generator: # on the CPU
     "A generator of its own for each stream, seed and step"
     return make_gen(step_seed(seed, step, stream))
+
+# %% ../nbs/01_core.ipynb #4c2d1c44
+@contextmanager
+def seeded(seed:int): # of the CPU's generator
+    "Draw from PyTorch's global generator with a seed, and put its state back"
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 # %% ../nbs/01_core.ipynb #027408da
 def strip(clip:Tensor, # one clip (c t h w)

@@ -209,11 +209,11 @@ def metered(model:Distillation, # on any device
     for p in params: p.grad = None
     known = [*model.parameters(), *model.buffers(), d.noise, d.index, d.w, ctx, null]
     with Meter(dev.type, known) as m, _fused(dev), replaced.object(model, "phase", m.phase):
-        like = lambda: torch.rand_like(d.noise)
+        like = lambda: torch.full_like(d.noise, .5)
         pair = TeacherAnswer(like(), d.index, like(), like()) if cached == "pairs" else None
         if cached: z0 = None if pair else like()
         else:
-            clips = torch.rand(batch, *teacher.video_shape, device=dev)
+            clips = torch.full((batch, *teacher.video_shape), .5, device=dev)
             with m.phase("encode"): z0 = teacher.encode(clips)
             del clips
             with m.phase("text"): ctx = teacher.encode_text(prompts)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import clips_of, frames_of, make_gen
+from .core import clips_of, frames_of, make_gen, seeded
 from .files import UserError, atomic
 from .judges import Judge
 from .rewards.tiny import REWARD_KINDS, TinyReward
@@ -46,7 +46,8 @@ def train_vae(steps:int=1800,   # optimiser steps of a cycle
               seed:int=0,       # of weights and data
              )->AutoencoderKL:  # with latent statistics of the training clips in its config
     "A frame-wise VAE for clean and flawed clips"
-    torch.manual_seed(seed); gen = make_gen(seed); vae = tiny_vae()
+    gen = make_gen(seed)
+    with seeded(seed): vae = tiny_vae()
     for _ in range(cycles):
         opt = torch.optim.AdamW(vae.parameters(), weight_decay=0)
         sched = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=steps)
@@ -119,7 +120,8 @@ def train_judge(pool:tuple,     # what `judged_clips` gives
                 seed:int=101,   # of weights and order
                )->Judge:
     "Classifiers for what a clip shows and whether it is clean"
-    torch.manual_seed(seed); gen = make_gen(seed * 1000 + 7); net = Judge()
+    gen = make_gen(seed * 1000 + 7)
+    with seeded(seed): net = Judge()
     def loss(attrs, clips, grade):
         out = net(clips)
         labels = dict(zip(("shape", "colour", "motion"), attrs.T), clean=(grade == 1).long())
@@ -199,8 +201,8 @@ def train_reward(kind:str,       # `tiny-image` or `tiny-video`
                  image:TinyReward|None=None, # what a video reward starts from
                 )->TinyReward:
     "A reward model from preferences for clean, whole and well-aligned clips"
-    torch.manual_seed(seed); gen = make_gen(seed * 1000 + 7)
-    net, video = TinyReward(**REWARD_KINDS[kind]), kind == "tiny-video"
+    gen, video = make_gen(seed * 1000 + 7), kind == "tiny-video"
+    with seeded(seed): net = TinyReward(**REWARD_KINDS[kind])
     words = 3 if video else 2
     if image is not None: inflate(net, image)
     def loss(attrs, clips, grade):
@@ -263,13 +265,13 @@ def train_teacher(vae:AutoencoderKL, # frozen, without latent statistics
                   seed:int=0,        # of everything
                  )->Teacher:
     "The tiny teacher, trained on clips as the web has them"
-    torch.manual_seed(seed); gen = make_gen(seed + 1)
+    gen = make_gen(seed + 1)
     z0, attrs = latents(vae, clips, gen)
     mean, std = z0.mean((0, 2, 3, 4)), z0.std((0, 2, 3, 4))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     z0 = (z0 - mean.view(1, -1, 1, 1, 1)) / std.view(1, -1, 1, 1, 1)
-    teacher = Teacher("tiny", TinyVideoDenoiser(), vae, tiny_text_encoder(), tiny_tokenizer(),
-                      tiny_scheduler(), 8, 8)
+    with seeded(seed): denoiser, text = TinyVideoDenoiser(), tiny_text_encoder()
+    teacher = Teacher("tiny", denoiser, vae, text, tiny_tokenizer(), tiny_scheduler(), 8, 8)
     return train_denoiser(teacher, z0, attrs, cycles, batch, gen)
 
 # %% ../nbs/66_pretrain.ipynb #c4a4bfc2
@@ -306,10 +308,11 @@ def train_flow(teacher:Teacher,   # the tiny teacher, for its VAE and words
                seed:int=0,        # of everything
               )->FlowTeacher:
     "The tiny flow teacher, trained on clips as the web has them"
-    torch.manual_seed(seed); gen = make_gen(seed + 1)
+    gen = make_gen(seed + 1)
     z0, attrs = latents(teacher.vae, clips, gen)
     mean, std = (v.view(1, -1, 1, 1, 1) for v in (teacher.latent_mean, teacher.latent_std))
-    return train_denoiser(tiny_flow(teacher), (z0 - mean) / std, attrs, cycles, batch, gen)
+    with seeded(seed): flow = tiny_flow(teacher)
+    return train_denoiser(flow, (z0 - mean) / std, attrs, cycles, batch, gen)
 
 # %% ../nbs/66_pretrain.ipynb #e2a12b2f
 def pretrain(out:str|Path,     # folder for the weights, laid out as in the package

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from .consistency import consistency_fn, w_embedding
+from .core import seeded
 from .files import UserError
 from .teachers.base import Teacher
 
@@ -71,8 +72,7 @@ class Student(nn.Module):
         self.sampling = {}    # how it is sampled, where that is not as its teacher suggests
         self.config = config or LoraConfig(r=rank, lora_alpha=rank,
                                            target_modules=teacher.lora_targets())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             inject_adapter_in_model(self.config, teacher.denoiser, "default",
                                     low_cpu_mem_usage=empty)
         self.w_projection.requires_grad_(True).__class__ = WProjection

@@ -67,7 +67,8 @@ class Trainer:
         self.store = Checkpoints(cfg.out, cfg.keep, cfg.keep_every)
         teacher = self._teacher()
         with self.together(): self.source = self._source(teacher)
-        self.identity, self.before = dict(teacher=teacher_identity(teacher)), [] # clips left out so far
+        self.identity = dict(teacher=teacher_identity(teacher))
+        self.before = []                               # clips left out so far
         self.contexts = self._contexts(teacher)
         self.student = Student(teacher, cfg.rank, cfg.seed)
         self.student.sampling = sampling_of(cfg.objective, teacher)
@@ -106,7 +107,10 @@ def together(self:Trainer):
 # %% ../nbs/53_train.ipynb #04835f54
 class Contexts:
     "Called like `Teacher.encode_text`; reads a cache of texts if there is one"
-    def __init__(self, teacher, texts:TextCache|None=None):
+    def __init__(self,
+                 teacher,                   # encodes what no cache holds
+                 texts:TextCache|None=None, # embeddings computed before
+                ):
         self.teacher, self.texts, self.nulls = teacher, texts, {}
 
     def __call__(self, prompts:list)->Tensor:
