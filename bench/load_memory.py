@@ -30,11 +30,12 @@ def make(folder, channels, rank, layers=2):
     "A teacher in float32, a random student on it, and the same student as a whole model"
     import torch
     from diffusers import UNet3DConditionModel
+
     from t2v_turbo.core import make_gen
     from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.saved import save_student
-    from t2v_turbo.student import Student
     from t2v_turbo.standins import tiny_modelscope
+    from t2v_turbo.student import Student
     from t2v_turbo.teachers.folders import load_teacher
     if (folder / "whole").is_dir(): return
     tiny_modelscope(folder / "small")

@@ -17,25 +17,30 @@ import json
 import os
 import subprocess
 import sys
-import torch
 from pathlib import Path
+
+import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
-from transformers import (CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, UMT5Config,
-                          UMT5EncoderModel)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
-from t2v_turbo.plan import GB, NoWords, TEACHERS, cast, plan_of, reward_on_meta, teacher_on_meta
+from t2v_turbo.memory import save_memory
+from t2v_turbo.optimizer import make_optimizer
+from t2v_turbo.plan import GB, TEACHERS, NoWords, cast, plan_of, reward_on_meta, teacher_on_meta
 from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.rewards.viclip import VICLIP_L, ViCLIP
 from t2v_turbo.solver import TeacherAnswer
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher
-from t2v_turbo.memory import save_memory
-from t2v_turbo.optimizer import make_optimizer
 from t2v_turbo.teachers.videocrafter2 import vc2_scheduler
 from t2v_turbo.teachers.wan import WanTeacher, flow_scheduler, guided_wan
-
-
 
 CONFIGS = [
     dict(kind="unet", width=32, frames=8, size=64, denoiser=False, decode=0),

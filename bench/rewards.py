@@ -34,6 +34,7 @@ class Ids:
 
 def clip_like(facts, fit, small):
     from transformers import CLIPConfig, CLIPModel
+
     from t2v_turbo.rewards import clip
     if small: return lambda: clip.CLIPReward(facts, clip.tiny_clip(), Ids(518, 519, 77), fit)
     config = CLIPConfig(projection_dim=1024, vision_config=dict(
@@ -46,7 +47,9 @@ def clip_like(facts, fit, small):
 
 def builders(small):
     "Name: a function that builds the reward on the current device"
-    from t2v_turbo.rewards import clip, internvideo2 as iv2, videoprism as prism, viclip
+    from t2v_turbo.rewards import clip, viclip
+    from t2v_turbo.rewards import internvideo2 as iv2
+    from t2v_turbo.rewards import videoprism as prism
 
     def with_words(build, words):
         def f():

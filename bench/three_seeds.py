@@ -79,8 +79,8 @@ class Rows:
         self.rows = json.loads(self.path.read_text()) if self.path.is_file() else []
 
     def add(self, sampler, seed, w):
-        from t2v_turbo.files import write_json
         from t2v_turbo.evaluate import evaluate, print_table
+        from t2v_turbo.files import write_json
         new = dict(model=sampler.model, steps=sampler.steps, seed=seed, w=w)
         if any(all(r.get(k) == v for k, v in new.items()) for r in self.rows): return
         self.rows.append(evaluate(sampler, self.prompts, self.net, seed=seed, repeats=self.repeats) | dict(w=w))
@@ -119,6 +119,7 @@ def student_rows(a, rows):
 def write_clips(a):
     "Four clips of the first student with both rewards, to look at"
     from safetensors.torch import save_file
+
     from t2v_turbo.core import make_gen
     from t2v_turbo.pipeline import sample_student
     from t2v_turbo.saved import load_student
@@ -129,8 +130,8 @@ def write_clips(a):
 
 
 def main():
-    from t2v_turbo.files import write_json
     from t2v_turbo.evaluate import print_table, summarise
+    from t2v_turbo.files import write_json
     a = options(); a.out.mkdir(parents=True, exist_ok=True)
     train_all(a)
     rows = Rows(a); best = teacher_rows(a, rows); student_rows(a, rows)

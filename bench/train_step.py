@@ -34,42 +34,42 @@ import subprocess
 import sys
 import tempfile
 import time
-import torch
-import torch.nn.functional as F
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch as replaced
+
+import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from scipy.stats import linregress
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
+
 from t2v_turbo import train as training
 from t2v_turbo.consistency import w_embedding
 from t2v_turbo.core import make_gen, step_gen
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.recipes import dice
 from t2v_turbo.distill import Distillation, Objective, draw
-from t2v_turbo.plan import GB, NoWords, _FULL, _attention, cast, plan_of, save_reward, weights_of
+from t2v_turbo.memory import save_memory, savings_of
+from t2v_turbo.meter import Meter
+from t2v_turbo.optimizer import make_optimizer
+from t2v_turbo.plan import _FULL, GB, NoWords, _attention, cast, plan_of, save_reward, weights_of
 from t2v_turbo.rewards import internvideo2 as iv2
-from t2v_turbo.rewards.clip import CLIPReward, HPS
+from t2v_turbo.rewards.clip import HPS, CLIPReward
+from t2v_turbo.rewards.loading import letterbox
 from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.rewards.viclip import VICLIP_L, ViCLIP
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher, tokenize, zero_w_projection
 from t2v_turbo.teachers.folders import load_teacher
-from t2v_turbo.memory import save_memory, savings_of
-from t2v_turbo.meter import Meter
-from t2v_turbo.optimizer import make_optimizer
 from t2v_turbo.teachers.videocrafter2 import vc2_scheduler
+from t2v_turbo.text import clip_tokenizer
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.world import World
-from t2v_turbo.data.build import build_cache
-from t2v_turbo.data.recipes import dice
-from t2v_turbo.rewards.loading import letterbox
-from t2v_turbo.text import clip_tokenizer
-
-
 
 FULL = 320                                # width of the published networks
 SEED = 0
@@ -546,7 +546,7 @@ def growth(base, device, repeats, autocast):
 
 def compare(c, device, names, parts, pairs, autocast, say):
     "All rows of one case: A first, then each of B"
-    rows, first, main = [], None, Accelerator(cpu=device == "cpu").is_main_process
+    rows, main = [], Accelerator(cpu=device == "cpu").is_main_process
     with tempfile.TemporaryDirectory() as tmp:
         caches = make_caches(c, device, f"{tmp}/caches")
         a = make(c, device, A, caches, f"{tmp}/out", autocast)

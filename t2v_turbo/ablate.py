@@ -25,10 +25,10 @@ import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from .files import UserError, at_least, atomic, write_json
 from .checkpoints import Stopped, claim
-from .distill import Objective
 from .config import changed, check_rewards
+from .distill import Objective
+from .files import UserError, at_least, atomic, write_json
 from .train import Config, Trainer
 from .watch import Watcher, WatchOptions, keep_best, look_prompts, watch
 

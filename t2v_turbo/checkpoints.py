@@ -25,7 +25,8 @@ from fastcore.basics import patch
 
 from .files import UserError, atomic, sweep, write_json
 
-try: import fcntl
+try:
+    import fcntl
 except ImportError: fcntl = None                     # Windows
 
 # %% ../nbs/49_checkpoints.ipynb #79355af8

@@ -16,7 +16,7 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from .files import UserError, typed
-from .options import Verb, objects_of, options_of, parser_of, located
+from .options import Verb, located, objects_of, options_of, parser_of
 from .recipes import STARTS, chosen
 from .running import ABLATE, ABLATE_SETS
 

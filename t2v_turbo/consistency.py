@@ -8,8 +8,10 @@ __all__ = ['boundary', 'consistency_fn', 'w_frequencies', 'w_embedding', 'pseudo
 
 # %% ../nbs/05_consistency.ipynb #7becbedd
 import math
+
 import torch
 from torch import Tensor
+
 from .core import expand_to
 from .files import UserError
 from .schedule import Schedule
@@ -72,7 +74,7 @@ def few_step_grid(n:int,         # sampling steps, 1 to `origin`
                  )->list[int]:   # n timesteps, descending
     "The timesteps of few-step sampling: every origin//n-th of the training grid from the top"
     if not 1 <= n <= origin:
-        raise UserError(f'{n} sampling steps are not possible: choose 1 to {origin}')
+        raise UserError(f"{n} sampling steps are not possible: choose 1 to {origin}")
     return ddim_grid(origin, T).flip(0)[::origin//n][:n].tolist()
 
 # %% ../nbs/05_consistency.ipynb #0dfaa87f

@@ -8,9 +8,13 @@ __all__ = ['DTYPES', 'FILES', 'expand_to', 'frames_of', 'clips_of', 'make_gen', 
            'video_html']
 
 # %% ../nbs/01_core.ipynb #5fa9660b
-import base64, hashlib, os, tempfile
+import base64
+import hashlib
+import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -34,39 +38,39 @@ def clips_of(frames:Tensor, # frames (b*t c h w), clip by clip
             )->Tensor:      # clips (b c t h w)
     "The inverse of `frames_of`"
     if len(frames) % t:
-        raise UserError(f'{len(frames)} frames cannot be cut into clips of {t}: '
-                        f'give a multiple of {t}')
+        raise UserError(f"{len(frames)} frames cannot be cut into clips of {t}: "
+                        f"give a multiple of {t}")
     return frames.unflatten(0, (-1, t)).transpose(1, 2)
 
 # %% ../nbs/01_core.ipynb #ae050cd0
 def make_gen(seed:int,     # any integer
-             device='cpu', # where the numbers are drawn
+             device="cpu", # where the numbers are drawn
             )->torch.Generator: # a fresh generator
     "A generator seeded with `seed`"
     if not -2**63 <= seed < 2**64:
-        raise UserError(f'seed {seed} is too large: give one between -2^63 and 2^64 - 1')
+        raise UserError(f"seed {seed} is too large: give one between -2^63 and 2^64 - 1")
     return torch.Generator(device).manual_seed(seed)
 
 def pick_device()->torch.device: # cuda, else mps, else cpu
     "The best device of this machine"
-    if torch.cuda.is_available(): return torch.device('cuda')
-    return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
+    if torch.cuda.is_available(): return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 # %% ../nbs/01_core.ipynb #c2a5eee3
-DTYPES = ('float32', 'bfloat16', 'float16')
+DTYPES = ("float32", "bfloat16", "float16")
 
 def pick_dtype(device=None,  # torch device; `pick_device()` if `None`
               )->torch.dtype: # bfloat16, float16 or float32
     "The native precision of a device: bfloat16, float16 on CUDA before sm80, else float32"
     device = torch.device(device or pick_device())
-    if device.type != 'cuda': return torch.float32
+    if device.type != "cuda": return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 def as_dtype(name,          # one of `DTYPES`, `auto`, or a `torch.dtype`
              device=None,   # torch device that `auto` suits
             )->torch.dtype:
     "A precision by its name"
-    if name == 'auto': return pick_dtype(device)
+    if name == "auto": return pick_dtype(device)
     if isinstance(name, torch.dtype) and name.is_floating_point: return name
     if name in DTYPES: return getattr(torch, name)
     raise UserError(f'dtype {name!r} is not available: give auto, {", ".join(DTYPES)}')
@@ -74,15 +78,15 @@ def as_dtype(name,          # one of `DTYPES`, `auto`, or a `torch.dtype`
 # %% ../nbs/01_core.ipynb #2fade52f
 def step_seed(seed:int,   # seed of the run, any integer
               step:int,   # step, batch or epoch, any integer
-              stream:str='clips', # what the numbers are for
+              stream:str="clips", # what the numbers are for
              )->int:      # 0 to 2^63 - 1
     "Hash a stream's name, a seed and a step into one seed"
-    text = f'{stream}/{int(seed)}/{int(step)}'
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big') >> 1
+    text = f"{stream}/{int(seed)}/{int(step)}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 def step_gen(seed:int,    # seed of the run, any integer
              step:int,    # step, batch or epoch, any integer
-             stream:str='clips', # what the numbers are for
+             stream:str="clips", # what the numbers are for
             )->torch.Generator: # on the CPU
     "A generator of its own for each stream, seed and step"
     return make_gen(step_seed(seed, step, stream))
@@ -114,31 +118,31 @@ def show_strips(clips:Tensor, # clips (n c t h w) in [0, 1]
     rows = [strip(c, frames).detach().float().clamp(0, 1).cpu() for c in clips]
     h, w = rows[0].shape[1:]
     each = 8*h/w + (.25 if titles else .05)        # inches per row
-    fig = plt.figure(figsize=(8, max(each*len(rows), .5)), layout='constrained')
+    fig = plt.figure(figsize=(8, max(each*len(rows), .5)), layout="constrained")
     for i, (ax, row) in enumerate(zip(fig.subplots(len(rows), squeeze=False)[:, 0], rows)):
-        ax.imshow(row.permute(1, 2, 0).numpy(), interpolation='nearest')
-        ax.axis('off')
-        if titles: ax.set_title(titles[i], fontsize=8, loc='left', pad=2)
+        ax.imshow(row.permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.axis("off")
+        if titles: ax.set_title(titles[i], fontsize=8, loc="left", pad=2)
     plt.close(fig)                                 # shown by whoever gets it, and once
     return fig
 
 # %% ../nbs/01_core.ipynb #e1289dba
-FILES = 'https://raw.githubusercontent.com/t2v-turbo/t2v_turbo/main/nbs'
+FILES = "https://raw.githubusercontent.com/t2v-turbo/t2v_turbo/main/nbs"
 
 def fetch_beside(folder:str,   # of the notebook, below `nbs`; '': `nbs` itself
                  *names:str,   # files beside it; those that are here stay as they are
-                 where:str='', # URL of a copy of `nbs`; '': `$T2V_TURBO_FILES`, or the repository
+                 where:str="", # URL of a copy of `nbs`; '': `$T2V_TURBO_FILES`, or the repository
                 )->None:
     "Bring the files that belong to a notebook, when it was opened without them"
     from urllib.request import urlopen
-    where = where or os.environ.get('T2V_TURBO_FILES', FILES)
+    where = where or os.environ.get("T2V_TURBO_FILES", FILES)
     for name in names:
         if Path(name).exists(): continue
-        url = '/'.join(filter(None, (where, folder, name)))
+        url = "/".join(filter(None, (where, folder, name)))
         try:
             with urlopen(url, timeout=60) as r, atomic(name) as tmp: tmp.write_bytes(r.read())
-        except OSError as e: raise UserError(f'{name} is not here, and {url} does not give it '
-                                             f'({e}): put the file beside the notebook') from None
+        except OSError as e: raise UserError(f"{name} is not here, and {url} does not give it "
+                                             f"({e}): put the file beside the notebook") from None
 
 # %% ../nbs/01_core.ipynb #c22c1227
 def _frames_u8(clip, short=128):
@@ -152,9 +156,9 @@ def _frames_u8(clip, short=128):
     return x.repeat_interleave(k, 1).repeat_interleave(k, 2).contiguous().numpy()
 
 # %% ../nbs/01_core.ipynb #42fd3add
-_MEND = dict(float16='load the weights in bfloat16 or float32',
-             bfloat16='load the weights in float32',
-             float32='take another copy of the weights, or an earlier checkpoint')
+_MEND = dict(float16="load the weights in bfloat16 or float32",
+             bfloat16="load the weights in float32",
+             float32="take another copy of the weights, or an earlier checkpoint")
 
 def check_finite(x:Tensor,   # any shape (...)
                  what:str,   # names `x` in the error
@@ -162,18 +166,18 @@ def check_finite(x:Tensor,   # any shape (...)
                 )->Tensor:   # `x`
     "Raise `UserError` if a number is NaN or infinite"
     if x.is_meta or x.isfinite().all(): return x        # `meta` has no numbers
-    name = str(dtype).removeprefix('torch.')
-    mend = _MEND.get(name, 'sample in float32, or take an earlier checkpoint')
-    told = f' in {name}' if dtype else ''
-    raise UserError(f'{what} is NaN or infinite{told}: {mend}')
+    name = str(dtype).removeprefix("torch.")
+    mend = _MEND.get(name, "sample in float32, or take an earlier checkpoint")
+    told = f" in {name}" if dtype else ""
+    raise UserError(f"{what} is NaN or infinite{told}: {mend}")
 
 # %% ../nbs/01_core.ipynb #e3873f56
 def _write_mp4(path, x, fps):
     import av
-    with av.open(str(path), 'w') as f:
-        s = f.add_stream('libx264', rate=fps, options={'crf': '18'})
-        s.height, s.width, s.pix_fmt = *x.shape[1:3], 'yuv420p'
-        for im in x: f.mux(s.encode(av.VideoFrame.from_ndarray(im, format='rgb24')))
+    with av.open(str(path), "w") as f:
+        s = f.add_stream("libx264", rate=fps, options={"crf": "18"})
+        s.height, s.width, s.pix_fmt = *x.shape[1:3], "yuv420p"
+        for im in x: f.mux(s.encode(av.VideoFrame.from_ndarray(im, format="rgb24")))
         f.mux(s.encode())
 
 def _write_gif(path, x, fps):
@@ -186,9 +190,9 @@ def write_video(path,        # ends in .mp4 or .gif
                 fps:int=8,   # frames per second
                ):
     "Write one clip as a video, whole or not at all"
-    write = {'.mp4': _write_mp4, '.gif': _write_gif}.get(Path(path).suffix.lower())
-    if write is None: raise UserError(f'{path}: cannot write this kind of file; use .mp4 or .gif')
-    check_finite(clip, f'the clip for {str(path)!r}')
+    write = {".mp4": _write_mp4, ".gif": _write_gif}.get(Path(path).suffix.lower())
+    if write is None: raise UserError(f"{path}: cannot write this kind of file; use .mp4 or .gif")
+    check_finite(clip, f"the clip for {str(path)!r}")
     with atomic(path) as tmp: write(tmp, _frames_u8(clip), fps)
 
 # %% ../nbs/01_core.ipynb #9a663b6c
@@ -198,7 +202,7 @@ def video_html(clip:Tensor,   # one clip (c t h w) in [0, 1]
               )->str:         # a `<video>` element that needs no other file
     "A clip as HTML that plays in a notebook or a report"
     with tempfile.TemporaryDirectory() as d:
-        path = Path(d)/'clip.mp4'
+        path = Path(d)/"clip.mp4"
         write_video(path, clip, fps)
         data = base64.b64encode(path.read_bytes()).decode()
     return (f'<video controls loop muted autoplay playsinline width="{width}" '

@@ -7,12 +7,14 @@ __all__ = ['Objective', 'video_frames_of', 'window_of', 'Draw', 'draw', 'Distill
 
 # %% ../nbs/12_distill.ipynb #2973f45f
 import math
-import torch
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
+
 from .consistency import cd_loss
 from .files import UserError, at_least
 from .rewards.base import (CLOCK, SHAPES_OF_J, agreed_frames, frames_wanted, objective,

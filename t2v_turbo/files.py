@@ -81,11 +81,11 @@ def atomic(path,           # the file or folder to appear at the end; its folder
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     restore(path)
-    d = Path(tempfile.mkdtemp(dir=path.parent, prefix='.tmp-'))
+    d = Path(tempfile.mkdtemp(dir=path.parent, prefix=".tmp-"))
     try:
         yield (tmp := d/path.name)
         if path.is_dir() and not tmp.is_dir():
-            raise UserError(f'{str(path)!r} is a folder: give the name of a file')
+            raise UserError(f"{str(path)!r} is a folder: give the name of a file")
         if sync: _flush(tmp)
         _swap(tmp, path)
         with suppress(PermissionError):            # the rename itself; it is done in any case
@@ -93,7 +93,7 @@ def atomic(path,           # the file or folder to appear at the end; its folder
     finally: shutil.rmtree(d, ignore_errors=True)
 
 # %% ../nbs/00_files.ipynb #de986fd4
-OLD = '.tmp-old-'                                  # a folder on its way out, beside the new one
+OLD = ".tmp-old-"                                  # a folder on its way out, beside the new one
 
 def _swap(new, path):
     "Rename `new` to `path`; a folder cannot be renamed over another, so the old one steps aside"
@@ -113,9 +113,9 @@ def restore(path): # what `atomic` wrote, or was about to
 def _flush(path, within=True):
     "Bring a file, or a folder and what is in it, to the disk"
     inside = path.is_dir()
-    if path.is_symlink() or inside and os.name == 'nt': return     # no folder can be opened there
+    if path.is_symlink() or inside and os.name == "nt": return     # no folder can be opened there
     for p in path.iterdir() if inside and within else (): _flush(p)
-    fd = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try: os.fsync(fd)
     except OSError as e:
         if e.errno not in (errno.EINVAL, errno.ENOTSUP): raise   # not every file system has it
@@ -126,7 +126,7 @@ def sweep(folder,          # where `atomic` wrote
           age:float=3600., # seconds that nobody has touched it; -inf: all of it
          ):
     "Remove what killed writers left behind, and bring back what they had moved aside"
-    for p in Path(folder).glob('.tmp-*'):
+    for p in Path(folder).glob(".tmp-*"):
         if p.name.startswith(OLD): restore(p.with_name(p.name[len(OLD):]))
         with suppress(FileNotFoundError):
             if time.time() - p.stat().st_mtime > age: shutil.rmtree(p, ignore_errors=True)
@@ -135,7 +135,7 @@ def write_json(path, # the file to write
                obj,  # anything that `json` can write
               ):
     "Write `obj` as indented JSON, whole or not at all"
-    with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=2) + '\n')
+    with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=2) + "\n")
 
 # %% ../nbs/00_files.ipynb #3eac57f9
 def read_text(path, # a text file

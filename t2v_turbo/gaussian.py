@@ -7,8 +7,10 @@ __all__ = ['Gaussian', 'Mixture']
 
 # %% ../nbs/03_gaussian.ipynb #f3e55d4f
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
 from .files import UserError
 from .schedule import Schedule
 
@@ -51,10 +53,10 @@ class Mixture:
     def __post_init__(self):
         means, weights = torch.as_tensor(self.means), torch.as_tensor(self.weights)
         if len(means) != len(weights):
-            raise UserError(f'{len(means)} means but {len(weights)} weights: '
-                            'give one per component')
-        object.__setattr__(self, 'means', means.reshape(len(means), -1).float())
-        object.__setattr__(self, 'weights', weights.float())
+            raise UserError(f"{len(means)} means but {len(weights)} weights: "
+                            "give one per component")
+        object.__setattr__(self, "means", means.reshape(len(means), -1).float())
+        object.__setattr__(self, "weights", weights.float())
 
     def _eps(self, z, a, label): # z (b, d), a (b, 1)
         m, v2 = a.sqrt()[..., None]*self.means, a*self.std**2 + 1 - a # (b, K, d), (b, 1)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (flop_registry, sdpa_backward_flop_count,
-                                      sdpa_flop_count)
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 # %% ../nbs/46_meter.ipynb #637235f0
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -30,7 +30,8 @@ def make_optimizer(name:str,    # one of `OPTIMIZERS`
         return torch.optim.AdamW(params, fused=fused, **more)
     if name != "adamw8bit":
         raise UserError(f"optimizer {name!r} is unknown: give one of {', '.join(OPTIMIZERS)}")
-    try: from bitsandbytes.optim import AdamW8bit
+    try:
+        from bitsandbytes.optim import AdamW8bit
     except ImportError:
         raise UserError("adamw8bit needs bitsandbytes: run `pip install bitsandbytes`, or give "
                         "adamw") from None

@@ -243,6 +243,7 @@ class Parser(argparse.ArgumentParser):
 # %% ../nbs/67_options.ipynb #cb93bb22
 from fastcore.basics import patch
 
+
 @patch
 def _words(self:Parser, args):
     "The words of a command line, with every flag as one word"

@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from .consistency import consistency_fn, few_step_sample, w_embedding
 from .core import as_dtype, check_finite
 from .files import UserError
-from .solver import DDIM, ddim_sample
 from .identity import content_id
 from .saved import (guidance_of, load_merged, own_sampling, sampling_of, steps_of,
                              student_inside)
+from .solver import DDIM, ddim_sample
 from .student import Student
 from .teachers.base import Teacher
-from .teachers.loading import check_size, load_part, read_object
 from .teachers.folders import (ScaledSchedule, check_whole, load_teacher, local_folder,
                                         teacher_class)
+from .teachers.loading import check_size, load_part, read_object
 
 # %% ../nbs/24_pipeline.ipynb #f7d2d952
 @dataclass

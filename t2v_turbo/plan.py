@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest.mock import patch as replaced
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
@@ -20,24 +21,25 @@ from fastcore.basics import patch
 from torch import nn
 from transformers import (BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel, CLIPTextConfig,
                           CLIPTextModel, UMT5Config, UMT5EncoderModel)
+
 from .core import make_gen
-from .files import UserError
 from .distill import Distillation, Objective, draw
-from .rewards.clip import AESTHETIC, AestheticReward, CLIPReward, CLIPSCORE, HPS, PICKSCORE
+from .files import UserError
+from .memory import SAVINGS, save_memory
+from .meter import Meter
+from .optimizer import OPTIMIZERS
+from .rewards.clip import AESTHETIC, CLIPSCORE, HPS, PICKSCORE, AestheticReward, CLIPReward
 from .rewards.imagereward import IMAGEREWARD, ImageReward
-from .rewards.loading import letterbox, squash
 from .rewards.internvideo2 import internvideo2_full
+from .rewards.loading import letterbox, squash
 from .rewards.names import kind_of_reward, options_of, parse_reward, reward_named
 from .rewards.viclip import viclip_full
 from .rewards.videoprism import checkpointing, videoprism_full
 from .solver import TeacherAnswer
 from .student import Student
 from .teachers.base import Teacher
-from .teachers.loading import check_size, check_whole
 from .teachers.folders import DEFAULTS, Defaults, defaults_of, load_teacher
-from .memory import SAVINGS, save_memory
-from .meter import Meter
-from .optimizer import OPTIMIZERS
+from .teachers.loading import check_size, check_whole
 from .teachers.videocrafter2 import vc2_scheduler
 from .teachers.wan import WanTeacher, flow_scheduler, guided_wan
 

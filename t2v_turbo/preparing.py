@@ -73,8 +73,8 @@ class ConvertLora:
     @whole_or_nothing()
     def run(self):
         "Convert it"
-        from t2v_turbo.teachers.loading import new_folder
         from t2v_turbo.teachers.folders import local_folder
+        from t2v_turbo.teachers.loading import new_folder
         from t2v_turbo.teachers.published import convert_lora, read_lora
         new_folder(self.out); read_lora(self.source)   # refused before a base model is fetched
         name = self.base_folder or MS_MODEL
@@ -186,7 +186,8 @@ class PlanOptions:
     def run(self):
         "Print the plan"
         from tqdm.auto import tqdm
-        from t2v_turbo.plan import (SWITCHES, first_fit, plan_rows, plan_table, precision_text)
+
+        from t2v_turbo.plan import SWITCHES, first_fit, plan_rows, plan_table, precision_text
         size = (self.height, self.width) if self.height or self.width else None
         rewards = None if self.rewards is None else tuple(
             r for r in self.rewards.split(",") if r)

@@ -13,18 +13,20 @@ import hashlib
 import io
 import json
 import math
-import numpy as np
 import random
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 from scipy import stats
+
+from .data.tables import find_clips, read_table
+from .data.videos import open_video, probe
 from .files import UserError, atomic
 from .stats import krippendorff, share_interval, wilson
 from .templates import pieces
-from .data.tables import find_clips, read_table
-from .data.videos import open_video, probe
 
 
 

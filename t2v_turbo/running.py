@@ -72,9 +72,9 @@ def distill(cfg=None,     # a `train.Config`
            )->dict:       # rows, paths
     "Train a student, judge it, and write its settings, `results.json` and `report.html`"
     from t2v_turbo.checkpoints import claim_together
+    from t2v_turbo.config import warn_of_words
     from t2v_turbo.rewards.names import reward_named
     from t2v_turbo.rewards.tiny import REWARD_KINDS
-    from t2v_turbo.config import warn_of_words
     from t2v_turbo.train import Config, Trainer
     from t2v_turbo.watch import WatchOptions, look_every, look_prompts
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()

@@ -7,8 +7,10 @@ __all__ = ['vp_abar', 'Forward', 'Schedule']
 
 # %% ../nbs/02_schedule.ipynb #f3e55d4f
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
 from .core import expand_to
 from .files import UserError
 
@@ -31,9 +33,9 @@ class Forward:
     @classmethod
     def from_diffusers(cls, scheduler): # a diffusers scheduler with `alphas_cumprod`
         "The forward process of a diffusers scheduler"
-        if not hasattr(scheduler, 'alphas_cumprod'):
-            raise UserError(f'{type(scheduler).__name__} has no alphas_cumprod: give the scheduler '
-                            'of a variance-preserving model, such as DDIMScheduler')
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise UserError(f"{type(scheduler).__name__} has no alphas_cumprod: give the scheduler "
+                            "of a variance-preserving model, such as DDIMScheduler")
         return cls(scheduler.alphas_cumprod.float())
 
     def to(self, device): # a torch device
@@ -82,10 +84,10 @@ class Schedule(Forward):
                kind:str,   # 'epsilon', 'v_prediction' or 'sample', as in diffusers
               ):           # (x0, eps), float32
         "Data and noise from any kind of prediction"
-        if kind == 'epsilon': return self.x0_from_eps(zt, out, t), out.float()
-        if kind == 'sample': return out.float(), self.eps_from_x0(zt, out, t)
-        if kind != 'v_prediction':
-            raise UserError(f'prediction type {kind!r} is unknown: '
+        if kind == "epsilon": return self.x0_from_eps(zt, out, t), out.float()
+        if kind == "sample": return out.float(), self.eps_from_x0(zt, out, t)
+        if kind != "v_prediction":
+            raise UserError(f"prediction type {kind!r} is unknown: "
                             "use 'epsilon', 'v_prediction' or 'sample'")
         alpha, sigma = self.alpha_sigma(t, zt)
         return alpha*zt.float() - sigma*out.float(), alpha*out.float() + sigma*zt.float()

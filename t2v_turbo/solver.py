@@ -8,8 +8,10 @@ __all__ = ['ddim_step', 'ddim_grid', 'DDIM', 'guide', 'both_preds', 'guided_pred
 
 # %% ../nbs/04_solver.ipynb #f3e55d4f
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
 from .core import expand_to
 from .files import UserError
 from .schedule import Forward, Schedule
@@ -28,7 +30,7 @@ def ddim_grid(n:int=50,   # timesteps on the grid
               T:int=1000, # timesteps of the schedule
              )->Tensor:   # (n,) int64, ascending; the last is T-1
     "The solver's timesteps t_i = floor(T(i+1)/n) - 1"
-    if not 1 <= n <= T: raise UserError(f'a grid of {n} timesteps does not exist: choose 1 to {T}')
+    if not 1 <= n <= T: raise UserError(f"a grid of {n} timesteps does not exist: choose 1 to {T}")
     return torch.arange(1, n+1)*T//n - 1
 
 # %% ../nbs/04_solver.ipynb #0de0c395

@@ -11,18 +11,16 @@ import math
 from pathlib import Path
 
 import torch
-from diffusers import (AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel,
-                       WanTransformer3DModel)
+from diffusers import AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
 from torch import nn
 from transformers import (BertConfig, BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel,
-                          CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, T5Tokenizer,
-                          UMT5Config, UMT5EncoderModel)
+                          CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, T5Tokenizer, UMT5Config,
+                          UMT5EncoderModel)
 
 from .core import seeded
 from .files import atomic
 from .rewards.imagereward import IMAGEREWARD, ImageReward, imagereward_table
-from .rewards.internvideo2 import (INTERNVIDEO2, InternVideo2, Sizes,
-                                            internvideo2_table)
+from .rewards.internvideo2 import INTERNVIDEO2, InternVideo2, Sizes, internvideo2_table
 from .rewards.viclip import VICLIP_L, ViCLIP, viclip_table
 from .rewards.videoprism import stock
 from .teachers.loading import save_parts

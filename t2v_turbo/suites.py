@@ -21,11 +21,11 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .files import UserError, at_least, atomic, is_rubbish, write_json
 from .checkpoints import claim_together
 from .core import make_gen, pick_device, write_video
 from .data.tables import ROWS
 from .data.videos import probe
+from .files import UserError, at_least, atomic, is_rubbish, write_json
 from .pipeline import T2VTurboPipeline, sample_teacher
 from .teachers.base import Teacher
 from .teachers.folders import defaults_of

@@ -9,9 +9,10 @@ __all__ = ['TERMS', 'Trainer', 'Contexts', 'Agreed']
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, ContextManager, Iterator
+from typing import TYPE_CHECKING, ContextManager
 
 import torch
 from accelerate import Accelerator

@@ -37,6 +37,7 @@ def device_named(name:str, # cpu, cuda, cuda:1, mps or xpu; empty: the best that
                 ): # a `torch.device`
     "A device by name, if this machine has it"
     import torch
+
     from t2v_turbo.core import pick_device
     if not name: return pick_device()
     try: return torch.empty(0, device=name).device
@@ -139,8 +140,9 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # what to judge
             )->list:                              # rows
     "Judge a student beside its teacher in as many steps"
     from t2v_turbo.core import make_gen
+    from t2v_turbo.evaluate import Sampler, print_table
+    from t2v_turbo.evaluate import evaluate as judged
     from t2v_turbo.files import write_json
-    from t2v_turbo.evaluate import Sampler, evaluate as judged, print_table
     from t2v_turbo.judges import load_judges
     from t2v_turbo.pipeline import sample_student, sample_teacher
     from t2v_turbo.teachers.folders import load_teacher
@@ -196,8 +198,8 @@ class GenerateOptions:
 def _suite_sampler(o, device):
     "How the videos of a suite are sampled: the function, its settings, frames a second"
     from t2v_turbo.core import as_dtype
-    from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.identity import content_id
+    from t2v_turbo.pipeline import T2VTurboPipeline
     from t2v_turbo.suites import by_student, by_teacher
     from t2v_turbo.teachers.folders import defaults_of, load_teacher
     from t2v_turbo.teachers.tiny import WEIGHTS

@@ -283,7 +283,7 @@ def _covered(result, zero_missing):
 
 def _drawn(result, have, zero, prompts, draws):
     "Scores of drawn prompts: dimension to array over draws, Total and blocks where covered"
-    out = {d: 0. for d in zero}
+    out = dict.fromkeys(zero, 0.0)
     for d, videos in have.items():
         names, group = prompts[d]
         at = draws[group]

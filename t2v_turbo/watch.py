@@ -24,11 +24,11 @@ from scipy.special import stdtr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .files import UserError, at_least, atomic
 from .checkpoints import CannotSave
 from .core import step_gen, strip
 from .data.tables import read_prompts
 from .distill import video_frames_of
+from .files import UserError, at_least, atomic
 from .judges import (high_frequency, judge, judge_score, load_judges, motion_amount,
                               saturation)
 from .pipeline import sample_student

@@ -60,7 +60,7 @@ def is_heldout(s:int, # shape
     return (s + c + m) % 5 == 0
 
 # %% ../nbs/06_world.ipynb #aef3f3e7
-def combos(split:str='train', # 'train', 'heldout' or 'all'
+def combos(split:str="train", # 'train', 'heldout' or 'all'
           )->Tensor: # triples (n 3) int64; n is 96, 24 or 120
     "All triples of a split, in a fixed order"
     if split not in ("train", "heldout", "all"): raise UserError(
@@ -187,7 +187,7 @@ def _clip_gen(seed, step):
 @dataclass(frozen=True)
 class World:
     "A source of captioned clips of the tiny world, deterministic in (seed, step)"
-    split: str = 'train' # 'train', 'heldout' or 'all'
+    split: str = "train" # 'train', 'heldout' or 'all'
     seed: int = 0 # seed of every draw
     frames: int = 8 # t
     size: int = 32 # pixels of a side

@@ -174,9 +174,10 @@ def modelscope(folder):
 
 def wan(folder):
     "Wan's layout: one precision, the transformer in shards with an index"
+    from diffusers import WanTransformer3DModel
+
     from t2v_turbo.standins import tiny_wan
     from t2v_turbo.teachers.wan import save_wan
-    from diffusers import WanTransformer3DModel
     save_wan(tiny_wan(), folder)
     (folder/"teacher.json").rename(folder/"teacher.json.was")       # ours; the published folder has none
     about = json.loads((folder/"teacher.json.was").read_text()); (folder/"teacher.json.was").unlink()
@@ -190,6 +191,7 @@ def wan(folder):
 def lora_list(folder, base="ms", seed=0):
     "T2V-Turbo's unnamed list for the UNet of a folder"
     import torch
+
     from t2v_turbo.core import make_gen
     from t2v_turbo.teachers.published import layer_shapes, load_unet, with_w_projection
     gen, out = make_gen(seed), []
@@ -213,6 +215,7 @@ def hps(path):
     "HPSv2.1's file: heads of 80 and 64 channels, half precision, nested"
     import torch
     from transformers import CLIPConfig, CLIPModel
+
     from t2v_turbo.rewards.clip import open_clip_table
     from t2v_turbo.weights import published
     torch.manual_seed(0)
@@ -227,9 +230,8 @@ def hps(path):
 def repositories(folder):
     "All of them; returns `folder`"
     import torch
-    from t2v_turbo.standins import tiny_imagereward
-    from t2v_turbo.standins import tiny_viclip
-    from t2v_turbo.standins import tiny_videocrafter2
+
+    from t2v_turbo.standins import tiny_imagereward, tiny_viclip, tiny_videocrafter2
     folder = Path(folder)
     modelscope(folder/"ali-vilab/text-to-video-ms-1.7b")
     wan(folder/"Wan-AI/Wan2.1-T2V-1.3B-Diffusers")

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def start(out, n):
         if pid == 0:
             try: train(out, rank, n, port)
             except BaseException:
-                import traceback; traceback.print_exc()
+                traceback.print_exc()
             os._exit(1)
         pids.append(pid)
     return pids

@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import av
+
 from t2v_turbo.core import _frames_u8
 
 ROOT = Path(__file__).parent.parent

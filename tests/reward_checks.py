@@ -2,12 +2,17 @@
 import math
 import warnings
 from functools import partial
+
 import torch
 import transformers
 from torch import nn
+
 from t2v_turbo import standins, weights
 from t2v_turbo.core import make_gen
-from t2v_turbo.rewards import clip, imagereward as ir, internvideo2 as iv2, loading, tiny, videoprism as prism, viclip
+from t2v_turbo.rewards import clip, loading, tiny, viclip
+from t2v_turbo.rewards import imagereward as ir
+from t2v_turbo.rewards import internvideo2 as iv2
+from t2v_turbo.rewards import videoprism as prism
 from t2v_turbo.text import clip_tokenizer
 
 MERGES = [("p", "a"), ("pa", "n"), ("d", "a</w>"), ("pan", "da</w>"), ("a", "n"), ("r", "e")]
@@ -66,7 +71,7 @@ def videoprism(save_memory=False):
 IMAGE = dict(hpsv2=clip_reward("letterbox"), clipscore=clip_reward("squash"),
              crop=clip_reward("crop"), aesthetic=aesthetic, imagereward=imagereward)
 VIDEO = dict(viclip=viclip_reward, internvideo2=internvideo2) | (
-    dict(videoprism=videoprism) if hasattr(transformers, 'VideoPrismClipModel') else {})      # in transformers since 5.13
+    dict(videoprism=videoprism) if hasattr(transformers, "VideoPrismClipModel") else {})      # in transformers since 5.13
 TINY = {name: partial(tiny.load_reward, name) for name in tiny.REWARD_KINDS}     # the shipped weights
 ALL = IMAGE | VIDEO | TINY
 

@@ -2,7 +2,6 @@
 import json
 import os
 import pickle
-import pytest
 import shutil
 import signal
 import statistics
@@ -13,22 +12,36 @@ from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal
-from t2v_turbo.ablate import (AblateOptions, _devices, _parse, _run, ablate, ablation_table,
-                              by_setting, cell_config, cell_name, cells, collect, frontier,
-                              read_table, run_cell)
-from t2v_turbo.data.build import build_cache
+
+import pytest
+
+from t2v_turbo.ablate import (
+    AblateOptions,
+    _devices,
+    _parse,
+    _run,
+    ablate,
+    ablation_table,
+    by_setting,
+    cell_config,
+    cell_name,
+    cells,
+    collect,
+    frontier,
+    read_table,
+    run_cell,
+)
 from t2v_turbo.checkpoints import Stopped
 from t2v_turbo.cli import main, read
-from t2v_turbo.running import read_config
-from t2v_turbo.files import UserError
+from t2v_turbo.config import objective_of
+from t2v_turbo.data.build import build_cache
 from t2v_turbo.distill import Objective
+from t2v_turbo.files import UserError
+from t2v_turbo.running import read_config
 from t2v_turbo.standins import tiny_modelscope
 from t2v_turbo.teachers.folders import load_teacher
-from t2v_turbo.config import objective_of
 from t2v_turbo.train import Config
 from t2v_turbo.watch import WatchOptions
-
-
 
 NBS = Path(__file__).parents[1] / "nbs"
 LOOKS = WatchOptions(eval_every=0)

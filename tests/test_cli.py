@@ -1,36 +1,36 @@
 "Bad input: one clear sentence, exit status 2, and nothing written over"
 import json
 import os
-import pytest
 import shutil
 import signal
 import subprocess
 import sys
-import torch
 from importlib.resources import files
+
+import pytest
+import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
 from t2v_turbo import cli, running
+from t2v_turbo.checkpoints import claim
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen, write_video
 from t2v_turbo.evaluate import Sampler, evaluate
 from t2v_turbo.judges import load_judges
+from t2v_turbo.options import options_of
 from t2v_turbo.pipeline import sample_teacher
+from t2v_turbo.recipes import STARTS
 from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2
 from t2v_turbo.student import Student
 from t2v_turbo.teachers import folders
-from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2
 from t2v_turbo.teachers.folders import load_teacher as load_any
 from t2v_turbo.teachers.published import layer_shapes, load_unet, with_w_projection
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
-from t2v_turbo.checkpoints import claim
 from t2v_turbo.watch import WatchOptions
 from t2v_turbo.world import caption, combos
-from t2v_turbo.options import options_of
-from t2v_turbo.recipes import STARTS
-
-
 
 
 def refused(capsys, *argv):

@@ -3,12 +3,12 @@ import csv
 
 import pytest
 import torch
+from test_vbench import results, table, written
 
 from t2v_turbo.cli import main
 from t2v_turbo.core import write_video
-from t2v_turbo.rate import COLUMNS, find_pairs, _study_id
+from t2v_turbo.rate import COLUMNS, _study_id, find_pairs
 from t2v_turbo.vbench import published
-from test_vbench import results, table, written
 
 
 def test_vbench_check(tmp_path, capsys):

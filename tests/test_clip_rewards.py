@@ -334,9 +334,10 @@ def test_no_hub(monkeypatch):
 def test_identity():
     "Another seed of the same reward differs; precision and name do not; a mix tells its parts and their weights"
     from dataclasses import replace
+
+    from t2v_turbo.identity import differing, reward_identity
     from t2v_turbo.rewards.base import mix
     from t2v_turbo.rewards.tiny import load_reward
-    from t2v_turbo.identity import differing, reward_identity
     same = lambda a, b: differing(reward_identity(a), reward_identity(b))
     a, b = load_reward("tiny-image"), load_reward("tiny-image")
     assert same(a, b) == [] == same(a, b.half())
@@ -368,7 +369,7 @@ def nowhere(monkeypatch, tmp_path):
     "A machine on which no vocabulary can be found"
     monkeypatch.delenv("T2V_TURBO_CLIP_VOCABULARY", raising=False)
     monkeypatch.setattr(text.constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
-    monkeypatch.setattr(text, "distributions", lambda: [])
+    monkeypatch.setattr(text, "distributions", list)
     return tmp_path
 
 

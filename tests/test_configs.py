@@ -1,30 +1,27 @@
 "The files of configs/: read by accelerate, started for real on CPU processes, and all of them train the same student"
-import cpu_fsdp
 import json
 import os
-import pytest
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
 import torch
 import yaml
-from pathlib import Path
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from safetensors.torch import load_file
 from launching import ENV, ROOT, SMALL, coded, finish, launch, put, said
+from safetensors.torch import load_file
+from test_streams import blotted, real  # noqa: F401 (a fixture)
+
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen
 from t2v_turbo.data.shards import Shards
 from t2v_turbo.data.videos import read_clip
 from t2v_turbo.train import Config, Objective, Trainer
-from test_streams import blotted, real
-from torch import distributed as dist
-from t2v_turbo.saved import whole
-
-
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.yaml"))
 RUN = [*SMALL, "--ema", ".9", "--accumulate", "2", "--seed", "2"]

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from t2v_turbo.core import make_gen, write_video
-from t2v_turbo.files import UserError
 from t2v_turbo.data import videos
 from t2v_turbo.data.clips import ClipFolder
 from t2v_turbo.data.deal import order
 from t2v_turbo.data.tables import find_clips, read_prompts
 from t2v_turbo.data.videos import fit, nearest, probe, read_clip
-from t2v_turbo.world import World, caption, render
+from t2v_turbo.files import UserError
+from t2v_turbo.world import World, render
 
 close = torch.testing.assert_close
 

@@ -1,31 +1,31 @@
 "A teacher brings its own settings, a student its own sampling; commands and Python agree"
 import ast
 import json
-import pytest
 import re
-import t2v_turbo
-import torch
 import warnings
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
+
+import pytest
+import torch
+
+import t2v_turbo
 from t2v_turbo import cli, config, running, train
 from t2v_turbo.cli import main, read
+from t2v_turbo.config import check_rewards, lr_at, objective_of
 from t2v_turbo.core import write_video
-from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
+from t2v_turbo.files import UserError
+from t2v_turbo.preparing import CacheOptions, PlanOptions
+from t2v_turbo.saved import save_student
+from t2v_turbo.standins import tiny_modelscope, tiny_wan
 from t2v_turbo.student import Student
 from t2v_turbo.suites import by_teacher
 from t2v_turbo.teachers import folders
 from t2v_turbo.teachers.folders import DEFAULTS, Defaults, defaults_of, in_tiny_world, load_teacher
 from t2v_turbo.teachers.wan import save_wan
-from t2v_turbo.config import check_rewards, lr_at, objective_of
 from t2v_turbo.train import Config, Trainer
-from t2v_turbo.saved import save_student
-from t2v_turbo.standins import tiny_modelscope, tiny_wan
-from t2v_turbo.preparing import CacheOptions, PlanOptions
 from t2v_turbo.using import GenerateOptions, SampleOptions, sampled_as
-
-
 
 BRINGS = [f.name for f in fields(Objective) if f.name in {f.name for f in fields(Defaults)}]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from t2v_turbo.core import make_gen, step_gen, step_seed
-from t2v_turbo.files import UserError
 from t2v_turbo.evaluate import Sampler, cells, evaluate, markdown_table, print_table, summarise
+from t2v_turbo.files import UserError
 from t2v_turbo.judges import Judge, high_frequency, judge, load_judges, motion_amount, saturation
 from t2v_turbo.report import PANELS, curves_svg, write_report
 from t2v_turbo.world import blur, caption, combos, flicker, parse, render, watermark
@@ -144,7 +144,7 @@ def test_curves():
 
 @pytest.fixture
 def report(tmp_path, row):
-    looks = [dict(step=i, **{k: .1 * i for k in ("shape", "colour", "motion", "clean", "r_img")}) for i in range(5)]
+    looks = [dict(step=i, **dict.fromkeys(("shape", "colour", "motion", "clean", "r_img"), 0.1 * i)) for i in range(5)]
     clips = {n: drawn(HELD[:2], 0) for n in ("teacher, 50 steps", "cd, 4 steps", "turbo, 4 steps")}
     return write_report(tmp_path / "out", [row, row | dict(model="<b>&")], dict(looks=looks), HELD[:2], clips,
                         dict(lr=1e-3, out="</pre><script>"))

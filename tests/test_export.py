@@ -7,14 +7,15 @@ import sys
 import pytest
 import torch
 from diffusers import LCMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
+
 from t2v_turbo import pipeline
 from t2v_turbo.consistency import few_step_grid, w_embedding
 from t2v_turbo.core import make_gen
-from t2v_turbo.files import UserError
 from t2v_turbo.export import export_stock, fold_w
+from t2v_turbo.files import UserError
 from t2v_turbo.pipeline import T2VTurboPipeline
-from t2v_turbo.student import Student
 from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2
+from t2v_turbo.student import Student
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2
 
@@ -32,18 +33,18 @@ def shaken(teacher, seed=0):
     return student
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    at = tmp_path_factory.mktemp('t')
-    torch.save(dict(state_dict=tiny_videocrafter2()), at/'model.ckpt')
-    (at/'merges.txt').write_text('#version\np a\npa n\npan d\npand a</w>\na n\nan d</w>\n')
-    return dict(ms=tiny_modelscope(at/'ms'),
-                vc2=convert_videocrafter2(at/'model.ckpt', at/'vc2', 16, at/'merges.txt'))
+    at = tmp_path_factory.mktemp("t")
+    torch.save(dict(state_dict=tiny_videocrafter2()), at/"model.ckpt")
+    (at/"merges.txt").write_text("#version\np a\npa n\npan d\npand a</w>\na n\nan d</w>\n")
+    return dict(ms=tiny_modelscope(at/"ms"),
+                vc2=convert_videocrafter2(at/"model.ckpt", at/"vc2", 16, at/"merges.txt"))
 
 
-@pytest.fixture(scope='module', params=['ms', 'vc2'])
+@pytest.fixture(scope="module", params=["ms", "vc2"])
 def pipe(request, folders):
-    more = dict(frames=3) | (dict(size=(16, 24), fps=8) if request.param == 'vc2' else {})
+    more = dict(frames=3) | (dict(size=(16, 24), fps=8) if request.param == "vc2" else {})
     pipe = T2VTurboPipeline.from_student(shaken(load_teacher(folders[request.param], **more)), 7.5)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -60,27 +61,27 @@ class Frames:
         return torch.randn(b*t, c, h, w, generator=generator).unflatten(0, (b, t)).transpose(1, 2)
 
 
-@pytest.mark.parametrize('n, b', [(1, 1), (2, 2), (4, 1), (5, 1)])
+@pytest.mark.parametrize("n, b", [(1, 1), (2, 2), (4, 1), (5, 1)])
 def test_stock_diffusers_gives_our_frames(pipe, tmp_path, monkeypatch, n, b):
     "At the published timesteps, which `LCMScheduler` takes where its own rounding differs"
-    prompts, size = ['a panda', 'an'][:b], dict(height=pipe.config.height, width=pipe.config.width)
-    stock = TextToVideoSDPipeline.from_pretrained(export_stock(pipe, tmp_path/'out'))
+    prompts, size = ["a panda", "an"][:b], dict(height=pipe.config.height, width=pipe.config.width)
+    stock = TextToVideoSDPipeline.from_pretrained(export_stock(pipe, tmp_path/"out"))
     stock.set_progress_bar_config(disable=True)
     assert isinstance(stock.scheduler, LCMScheduler) and type(stock.unet) is UNet3DConditionModel
     assert stock.unet.config.time_cond_proj_dim is None
     own = stock.scheduler.set_timesteps
     stock.scheduler.set_timesteps = lambda _, device: own(device=device, timesteps=few_step_grid(n))
-    got = stock(prompts, num_inference_steps=n, guidance_scale=1, num_frames=3, output_type='pt',
+    got = stock(prompts, num_inference_steps=n, guidance_scale=1, num_frames=3, output_type="pt",
                 generator=make_gen(2), **size).frames
-    monkeypatch.setattr(pipeline, 'randn_tensor', Frames())
-    want = pipe(prompts, n, 7.5, generator=make_gen(2), output_type='pt').frames
+    monkeypatch.setattr(pipeline, "randn_tensor", Frames())
+    want = pipe(prompts, n, 7.5, generator=make_gen(2), output_type="pt").frames
     near(torch.as_tensor(got), want)
-    monkeypatch.setattr(pipeline, 'randn_tensor', Frames())
-    other = pipe(prompts, n, 4., generator=make_gen(2), output_type='pt').frames
+    monkeypatch.setattr(pipeline, "randn_tensor", Frames())
+    other = pipe(prompts, n, 4., generator=make_gen(2), output_type="pt").frames
     assert (other - want).abs().max() > 1e-3          # w matters in this student
 
 
-@pytest.mark.parametrize('w', [0., 7.5, 14.])
+@pytest.mark.parametrize("w", [0., 7.5, 14.])
 @torch.no_grad()
 def test_fold_w(pipe, w):
     net, gen = pipe.denoiser, make_gen(1)
@@ -94,9 +95,9 @@ def test_fold_w(pipe, w):
 
 def test_without_this_package(pipe, tmp_path):
     "A process that cannot import t2v_turbo samples the folder"
-    export_stock(pipe, tmp_path/'out', 5.)
-    about = json.loads((tmp_path/'out/about.json').read_text())
-    assert about['w'] == 5 and (about['num_frames'], about['fps']) == (3, 8)
+    export_stock(pipe, tmp_path/"out", 5.)
+    about = json.loads((tmp_path/"out/about.json").read_text())
+    assert about["w"] == 5 and (about["num_frames"], about["fps"]) == (3, 8)
     code = """if 1:
         import sys; sys.modules['t2v_turbo'] = None
         from diffusers import TextToVideoSDPipeline
@@ -104,12 +105,12 @@ def test_without_this_package(pipe, tmp_path):
         got = p('a', num_inference_steps=4, guidance_scale=1, num_frames=3, height=16, width=16, output_type='pt').frames
         assert p.scheduler.timesteps.tolist() == [999, 759, 499, 259]
         print(tuple(got.shape))"""
-    run = subprocess.run([sys.executable, '-c', code, tmp_path/'out'], text=True, capture_output=True,
-                         env=os.environ | dict(HF_HUB_OFFLINE='1'))
-    assert run.stdout.strip().endswith('(1, 3, 3, 16, 16)'), run.stderr
+    run = subprocess.run([sys.executable, "-c", code, tmp_path/"out"], text=True, capture_output=True,
+                         env=os.environ | dict(HF_HUB_OFFLINE="1"))
+    assert run.stdout.strip().endswith("(1, 3, 3, 16, 16)"), run.stderr
 
 
-@pytest.mark.parametrize('origin, n', [(o, n) for o in (50, 200) for n in (1, 2, 4, 8, 16)])
+@pytest.mark.parametrize("origin, n", [(o, n) for o in (50, 200) for n in (1, 2, 4, 8, 16)])
 def test_the_scheduler_takes_the_published_timesteps(pipe, tmp_path, origin, n):
     sched = LCMScheduler.from_config(pipe.scheduler.config, original_inference_steps=origin)
     sched.set_timesteps(timesteps=few_step_grid(n, origin))
@@ -120,8 +121,8 @@ def test_the_scheduler_takes_the_published_timesteps(pipe, tmp_path, origin, n):
 
 
 def test_origin_grid_is_kept(pipe, tmp_path):
-    export_stock(pipe, tmp_path/'out', origin_steps=200)
-    sched = LCMScheduler.from_pretrained(tmp_path/'out/scheduler')
+    export_stock(pipe, tmp_path/"out", origin_steps=200)
+    sched = LCMScheduler.from_pretrained(tmp_path/"out/scheduler")
     assert sched.config.original_inference_steps == 200
     torch.testing.assert_close(sched.alphas_cumprod, pipe.scheduler.alphas_cumprod)
     sched.set_timesteps(4)
@@ -129,12 +130,12 @@ def test_origin_grid_is_kept(pipe, tmp_path):
 
 
 def test_refused(pipe, tmp_path, monkeypatch):
-    (tmp_path/'there').mkdir()
-    with pytest.raises(UserError, match='is there already'): export_stock(pipe, tmp_path/'there')
-    with pytest.raises(UserError, match='negative'): export_stock(pipe, tmp_path/'new', -1)
-    with pytest.raises(UserError, match='already'): fold_w(fold_w(pipe.denoiser, 4), 4)
-    with pytest.raises(UserError, match='TinyVideoDenoiser'): fold_w(load_teacher('tiny').denoiser, 4)
+    (tmp_path/"there").mkdir()
+    with pytest.raises(UserError, match="is there already"): export_stock(pipe, tmp_path/"there")
+    with pytest.raises(UserError, match="negative"): export_stock(pipe, tmp_path/"new", -1)
+    with pytest.raises(UserError, match="already"): fold_w(fold_w(pipe.denoiser, 4), 4)
+    with pytest.raises(UserError, match="TinyVideoDenoiser"): fold_w(load_teacher("tiny").denoiser, 4)
     def stop(self, folder, **_): folder.mkdir(); raise KeyboardInterrupt
-    monkeypatch.setattr(TextToVideoSDPipeline, 'save_pretrained', stop)
-    with pytest.raises(KeyboardInterrupt): export_stock(pipe, tmp_path/'new')
-    assert [p.name for p in tmp_path.iterdir()] == ['there']
+    monkeypatch.setattr(TextToVideoSDPipeline, "save_pretrained", stop)
+    with pytest.raises(KeyboardInterrupt): export_stock(pipe, tmp_path/"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]

@@ -3,8 +3,8 @@ import errno
 import json
 import multiprocessing
 import os
-import signal
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,18 +12,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import launching
 import pytest
 import torch
 
-import launching
 import t2v_turbo.checkpoints as checkpoints
-from t2v_turbo.data.build import build_cache
-from t2v_turbo.data.cache import open_cache
 from t2v_turbo.checkpoints import Checkpoints, claim
 from t2v_turbo.cli import main
-from t2v_turbo.files import UserError, atomic, sweep
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import open_cache
 from t2v_turbo.data.shards import Shards
 from t2v_turbo.data.tars import write_shards
+from t2v_turbo.files import UserError, atomic, sweep
 from t2v_turbo.teachers.tiny import load_teacher, save_teacher
 from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.world import World

@@ -20,7 +20,7 @@ PROMPTS = ["a red panda surfing a wave", "Café, naïve & 3D!  two  spaces"]
 SMALL = dict(embed_dim=24, vision_cfg=dict(image_size=56, layers=2, width=160, head_width=80, patch_size=14),
              text_cfg=dict(context_length=77, vocab_size=49408, width=128, heads=2, layers=2))
 SHAPES = [(80, 128), (96, 64), (72, 72), (41, 57), (30, 20)]         # height, width; shrunk, grown, odd
-THEIRS = '''
+THEIRS = """
 import gzip, json, os, sys, types
 where, vocabulary, full = sys.argv[1:]
 try: import turtle                       # wanted by mistake; needs tkinter
@@ -64,7 +64,7 @@ for x in torch.load(where + "/images.pt", weights_only=True):
     own = [float(img_score.score(image, p, cp=file)[0]) for p in prompts]
     out["rows"].append(dict(prepared=y.detach(), R=R.detach(), grad=g, own=torch.tensor(own)))
 torch.save(out, where + "/theirs.pt")
-'''
+"""
 
 
 def python_of_the_package():

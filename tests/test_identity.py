@@ -7,15 +7,15 @@ import warnings
 import pytest
 import torch
 
+from t2v_turbo.core import write_video
 from t2v_turbo.data import build
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.data.cache import open_cache
 from t2v_turbo.data.cache_files import shard_path, verify_cache
-from t2v_turbo.core import write_video
-from t2v_turbo.files import UserError
 from t2v_turbo.data.clips import ClipFolder
 from t2v_turbo.data.shards import Shards
 from t2v_turbo.data.tars import write_shards
+from t2v_turbo.files import UserError
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.world import World

@@ -9,13 +9,13 @@ from torch.testing import assert_close
 
 from t2v_turbo import train
 from t2v_turbo.core import make_gen
-from t2v_turbo.files import UserError
 from t2v_turbo.distill import Objective
-from t2v_turbo.rewards.names import reward_named
+from t2v_turbo.files import UserError
 from t2v_turbo.identity import same_teacher
 from t2v_turbo.memory import save_memory
 from t2v_turbo.meter import Meter
 from t2v_turbo.optimizer import compile_denoiser, make_optimizer
+from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.saved import load_student, save_student
 from t2v_turbo.standins import tiny_modelscope, tiny_wan
 from t2v_turbo.student import Student

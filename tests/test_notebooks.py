@@ -50,6 +50,7 @@ def test_a_cell_that_fails_is_found(tmp_path, bad, cell):
 
 def test_what_a_notebook_registers_goes_with_it(tmp_path):
     import json
+
     from t2v_turbo.teachers.folders import LOADERS
     src = "from t2v_turbo.teachers.folders import LOADERS\nLOADERS['Strange'] = LOADERS.pop('TinyVideoDenoiser')"
     (tmp_path / "a.ipynb").write_text(json.dumps(dict(cells=[dict(cell_type="code", source=src)])))

@@ -1,11 +1,19 @@
 "Properties of the mathematics, measured against closed forms and against diffusers"
 import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from t2v_turbo.consistency import (boundary, cd_loss, consistency_fn, few_step_grid,
-                                   few_step_sample, pseudo_huber)
+
+from t2v_turbo.consistency import (
+    boundary,
+    cd_loss,
+    consistency_fn,
+    few_step_grid,
+    few_step_sample,
+    pseudo_huber,
+)
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.gaussian import Gaussian, Mixture
@@ -14,7 +22,7 @@ from t2v_turbo.solver import DDIM, ddim_grid, ddim_sample, guide, guided_step
 
 SCHED = Schedule(vp_abar())
 G = Gaussian(.5, .4, SCHED)
-CONFIG = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')
+CONFIG = dict(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear")
 
 
 def full(n, v): return torch.full((n,), v, dtype=torch.long)
@@ -41,7 +49,7 @@ def pair_noise(n=8, shape=(4, 3, 5, 6), seed=0):
     return z0, noise, t
 
 
-@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction', 'sample'])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_round_trip(kind):
     z0, noise, t = pair_noise()
     zt = SCHED.add_noise(z0, noise, t)
@@ -55,7 +63,7 @@ def test_round_trip(kind):
 def test_half_precision_is_converted_in_float32():
     z0, noise, t = pair_noise()
     zt = SCHED.add_noise(z0.half(), noise.half(), t)
-    x0, eps = SCHED.x0_eps(zt, noise.half(), t, 'epsilon')
+    x0, eps = SCHED.x0_eps(zt, noise.half(), t, "epsilon")
     assert (zt.dtype, x0.dtype, eps.dtype) == (torch.half, torch.float32, torch.float32)
 
 
@@ -65,7 +73,7 @@ def test_solver_is_first_order():
     err = {n: (walk(n, z) - exact).abs().max() for n in (10, 100, 1000)}
     for a, b in ((10, 100), (100, 1000)):
         order = (err[a]/err[b]).log10()
-        assert .85 < order < 1.15, f'order {order:.2f} from {a} to {b} steps'
+        assert .85 < order < 1.15, f"order {order:.2f} from {a} to {b} steps"
 
 
 def test_invert_undoes_step():
@@ -165,7 +173,7 @@ def test_every_grid_ends_at_the_noise():
     for n in (3, 7, 30, 64): assert few_step_grid(2, n)[0] == 999 and len(few_step_grid(n, n)) == n
 
 
-@pytest.mark.parametrize('n', [60, 300, 600])
+@pytest.mark.parametrize("n", [60, 300, 600])
 def test_any_grid_samples_the_data(n):
     "The exact Gaussian from pure noise; and a step ends where the next begins"
     ddim, i = DDIM(SCHED, n), torch.arange(n)
@@ -182,11 +190,11 @@ def test_few_step_grid():
     assert few_step_grid(1) == [999] and few_step_grid(2, 200) == [999, 499]
     for n in range(1, 51): assert len(few_step_grid(n)) == n
     for n in (0, -1, 51):
-        with pytest.raises(UserError, match='choose 1 to 50'): few_step_grid(n)
+        with pytest.raises(UserError, match="choose 1 to 50"): few_step_grid(n)
 
 
 def test_ddim_step_agrees_with_diffusers():
-    diffusers = pytest.importorskip('diffusers')
+    diffusers = pytest.importorskip("diffusers")
     ref = diffusers.DDIMScheduler(**CONFIG, clip_sample=False, set_alpha_to_one=False)
     ref.set_timesteps(50)                       # its grid differs, a single step of 20 does not
     ours, (z, eps, _) = DDIM(Schedule.from_diffusers(ref), 50), pair_noise()
@@ -199,16 +207,16 @@ def test_ddim_step_agrees_with_diffusers():
     assert_close(ours.step(SCHED.x0_from_eps(z, eps, full(8, 19)), eps, i), first, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('n', [1, 2, 4, 8])
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_few_steps_agree_with_diffusers(n):
-    diffusers = pytest.importorskip('diffusers')
+    diffusers = pytest.importorskip("diffusers")
     ref = diffusers.LCMScheduler(**CONFIG, clip_sample=False, set_alpha_to_one=False,
                                  original_inference_steps=50, timestep_scaling=10.)
     steps = few_step_grid(n)
     ref.set_timesteps(timesteps=steps)          # its own spacing of few steps differs
     net = lambda z, t: .3*z + .1*torch.cos(t.view(-1, *[1]*(z.ndim-1))/100)
     f = lambda z, t: consistency_fn(z, SCHED.x0_from_eps(z, net(z, t), t), t)
-    z, noise, gen = *pair_noise()[:2], make_gen(9)
+    z, gen = pair_noise()[0], make_gen(9)
     noises = [torch.randn(z.shape, generator=gen) for _ in range(n-1)]
     gen, x = make_gen(9), z
     for (t, ours, _), tt in zip(few_step_sample(f, z, steps, SCHED, noises.__getitem__), ref.timesteps):
@@ -252,11 +260,11 @@ def distil(student, mu, steps=1500, batch=256):
     return student
 
 
-@pytest.mark.parametrize('mu', [0., .95])
+@pytest.mark.parametrize("mu", [0., .95])
 def test_student_learns_the_exact_map(mu):
     z, t = torch.randn(1000, 1, generator=make_gen(5)), full(1000, 999)
     error = lambda f: (f(z, t) - G.consistency(z, t)).abs().mean().item()
     before, after = error(Student()), error(distil(Student(), mu))
-    print(f'mu={mu}: mean error {before:.3f} -> {after:.3f}')
+    print(f"mu={mu}: mean error {before:.3f} -> {after:.3f}")
     assert before > .25          # the teacher answers the mean
     assert after < .05           # the student answers the end of the curve

@@ -1,7 +1,6 @@
 "The prediction of memory: the same on `meta` as with weights, and near what a process really takes"
 import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +11,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2v_turbo import cli, train
 from t2v_turbo.files import UserError
-from t2v_turbo.plan import (GB, RESERVE, SWITCHES, Plan, Setup, bytes_of, flags_of, metered, optimizer_bytes, plan_table, predict,
-                            reward_on_meta, save_reward, teacher_on_meta, weights_of)
-from t2v_turbo.rewards.names import FACTS
 from t2v_turbo.meter import Meter
 from t2v_turbo.optimizer import make_optimizer
+from t2v_turbo.plan import (
+    GB,
+    RESERVE,
+    SWITCHES,
+    Plan,
+    Setup,
+    bytes_of,
+    flags_of,
+    metered,
+    optimizer_bytes,
+    plan_table,
+    predict,
+    reward_on_meta,
+    save_reward,
+    weights_of,
+)
+from t2v_turbo.rewards.names import FACTS
 from t2v_turbo.train import Trainer
 
 PATH = next(p/"bench/plan.py" for p in Path(__file__).resolve().parents if (p/"bench/plan.py").is_file())

@@ -14,8 +14,20 @@ import torch
 
 from t2v_turbo.core import make_gen, write_video
 from t2v_turbo.files import UserError
-from t2v_turbo.rate import (COLUMNS, QUESTIONS, agreement, consistency, find_pairs, make_page, position_bias, print_report, rate_plot,
-                            rate_report, read_ratings, win_rates)
+from t2v_turbo.rate import (
+    COLUMNS,
+    QUESTIONS,
+    agreement,
+    consistency,
+    find_pairs,
+    make_page,
+    position_bias,
+    print_report,
+    rate_plot,
+    rate_report,
+    read_ratings,
+    win_rates,
+)
 
 STUDIES = int(os.environ.get("T2V_TURBO_STUDIES", 1000))     # simulated studies a coverage test asks
 
@@ -187,7 +199,7 @@ BAD = [dict(choice=3), dict(choice=""), dict(choice="1.0"), dict(choice=-1), dic
 @pytest.mark.parametrize("bad", BAD, ids=str)
 @pytest.mark.parametrize("kind", ["csv", "json"])
 def test_malformed_rows_are_named_and_dropped(study, tmp_path, bad, kind):
-    rows, path = [rating(study), rating(study, question="text", **{}) | bad], tmp_path / f"r.{kind}"
+    rows, path = [rating(study), rating(study, question="text") | bad], tmp_path / f"r.{kind}"
     if kind == "csv": as_csv(path, rows)
     else: path.write_text(json.dumps(rows))
     got = read_ratings(path, study[1])

@@ -4,7 +4,8 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from t2v_turbo import ablate as grids, running
+from t2v_turbo import ablate as grids
+from t2v_turbo import running
 from t2v_turbo.cli import VERBS, main, read
 from t2v_turbo.files import UserError, write_json
 from t2v_turbo.options import options_of

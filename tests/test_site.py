@@ -149,7 +149,7 @@ def test_what_a_cell_prints_is_one_block(pages):
 
 def test_printed_sentences_fit_the_page(pages):
     "What is wider has columns, and can be scrolled"
-    blocks = [b for s in pages.values() for b in re.findall(r'cell-output-stdout[^>]*>\s*<pre[^>]*>(.*?)</pre>', s, flags=re.S)]
+    blocks = [b for s in pages.values() for b in re.findall(r"cell-output-stdout[^>]*>\s*<pre[^>]*>(.*?)</pre>", s, flags=re.S)]
     lines = [l for b in blocks for l in html.unescape(re.sub(r"<[^>]*>", "", b)).split("\n")]
     assert len(blocks) > 100 and any(l.startswith("    ") and l.endswith("a higher frame rate.") for l in lines)
     long = [l for l in lines if len(l) > 98 and " " in l and not re.search(r"\S {2,}\S", l)]

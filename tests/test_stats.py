@@ -3,8 +3,19 @@ import numpy as np
 import pytest
 
 from t2v_turbo.files import UserError
-from t2v_turbo.stats import (bootstrap, half_width, interval, krippendorff, over_prompts, paired, prompts_needed, redraw, share_interval,
-                             verdict, wilson)
+from t2v_turbo.stats import (
+    bootstrap,
+    half_width,
+    interval,
+    krippendorff,
+    over_prompts,
+    paired,
+    prompts_needed,
+    redraw,
+    share_interval,
+    verdict,
+    wilson,
+)
 
 
 def test_redraw_agrees_with_scipy():

@@ -18,15 +18,23 @@ import av
 import pytest
 import torch
 
-from t2v_turbo.core import make_gen, write_video
-from t2v_turbo.files import UserError
+from t2v_turbo.core import make_gen
 from t2v_turbo.data import tars as tar_files
 from t2v_turbo.data.clips import ClipFolder, Clips, Table
-from t2v_turbo.data.videos import BadClip, read_clip
 from t2v_turbo.data.shards import Shards, grouped_order
 from t2v_turbo.data.sources import Prefetch, Prompts, open_source
-from t2v_turbo.data.tars import (Part, expand, find_shards, read_index, shard_index, tar_members,
-                                 tar_samples, write_shards)
+from t2v_turbo.data.tars import (
+    Part,
+    expand,
+    find_shards,
+    read_index,
+    shard_index,
+    tar_members,
+    tar_samples,
+    write_shards,
+)
+from t2v_turbo.data.videos import BadClip, read_clip
+from t2v_turbo.files import UserError
 from t2v_turbo.world import World
 
 SMALL = dict(frames=8, size=(24, 32), fps=8)

@@ -147,7 +147,7 @@ def test_a_stop_leaves_no_half_video(tmp_path):
 
 
 def test_seeds_are_recorded_and_kept(tmp_path):
-    first, second = jobs([("a cat", 1)], "vbench"), jobs([("a, \"dog\"", 2)], "vbench")
+    first, second = jobs([("a cat", 1)], "vbench"), jobs([('a, "dog"', 2)], "vbench")
     generate(noise, first, tmp_path, SETTINGS)
     generate(noise, second, tmp_path, SETTINGS)
     rows = list(csv.DictReader(open(tmp_path / "videos.csv", newline="")))

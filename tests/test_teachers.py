@@ -8,8 +8,8 @@ import torch
 
 import t2v_turbo
 from t2v_turbo.cli import main
-from t2v_turbo.student import Student
 from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2, tiny_wan
+from t2v_turbo.student import Student
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2
 from t2v_turbo.teachers.wan import save_wan

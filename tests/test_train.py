@@ -13,22 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-import t2v_turbo.precision as precision
 from accelerate.state import AcceleratorState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
-from t2v_turbo.data.build import build_cache
-from t2v_turbo.data.cache import TextCache
+import t2v_turbo.precision as precision
 from t2v_turbo.checkpoints import CannotSave
 from t2v_turbo.core import make_gen
-from t2v_turbo.files import UserError
-from t2v_turbo.distill import Objective, draw
+from t2v_turbo.data.build import build_cache
+from t2v_turbo.data.cache import TextCache
 from t2v_turbo.data.sources import open_source
+from t2v_turbo.distill import Objective, draw
+from t2v_turbo.files import UserError
 from t2v_turbo.saved import load_student
-from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.standins import tiny_modelscope, tiny_wan
+from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.tiny import WEIGHTS
 from t2v_turbo.teachers.wan import save_wan

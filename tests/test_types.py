@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LIB = ROOT / "t2v_turbo"
-WRONG = '''
+WRONG = """
 from pathlib import Path
 from t2v_turbo.pipeline import T2VTurboPipeline
 from t2v_turbo.saved import load_student
@@ -32,7 +32,7 @@ pipe = T2VTurboPipeline.from_pretrained(Path("x"))
 pipe("a prompt", num_inference_step=4)          # wrong
 pipe("a prompt", num_inference_steps=4)
 student.teacher.encode_text([""])
-'''
+"""
 
 
 def stubs():

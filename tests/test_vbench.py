@@ -4,14 +4,28 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from t2v_turbo.files import UserError
-from t2v_turbo.vbench import (DIMENSIONS, QUALITY, SEMANTIC, TOTALS, Result, Row, aggregate, check_rows, compare,
-                              intervals, published, read_results, read_rows, score_table, vbench_check)
+from t2v_turbo.vbench import (
+    DIMENSIONS,
+    QUALITY,
+    SEMANTIC,
+    TOTALS,
+    Result,
+    Row,
+    aggregate,
+    check_rows,
+    compare,
+    intervals,
+    published,
+    read_results,
+    read_rows,
+    score_table,
+    vbench_check,
+)
 
 HALF = {d: (low + high) / 2 for d, (low, high, _) in DIMENSIONS.items()}
 
@@ -290,4 +304,4 @@ def test_what_a_mac_leaves_beside_results_is_passed_over(tmp_path):
         (tmp_path / n).parent.mkdir(exist_ok=True); (tmp_path / n).write_bytes(b"\0\5\x16\7\xff")
     with pytest.raises(UserError, match="holds no .*_eval_results.json"): read_results(tmp_path)
     (tmp_path / "r_eval_results.json").write_text(json.dumps({d: [.5, []] for d in DIMENSIONS}))
-    assert read_results(tmp_path).scores == {d: .5 for d in DIMENSIONS}
+    assert read_results(tmp_path).scores == dict.fromkeys(DIMENSIONS, 0.5)

@@ -9,7 +9,9 @@ from transformers import BertTokenizer
 from t2v_turbo import standins, weights
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
-from t2v_turbo.rewards import clip, internvideo2 as iv2, names, videoprism as prism, viclip
+from t2v_turbo.rewards import internvideo2 as iv2
+from t2v_turbo.rewards import names, viclip
+from t2v_turbo.rewards import videoprism as prism
 
 each = pytest.mark.parametrize("name", rc.VIDEO)
 each_and_tiny = pytest.mark.parametrize("name", [*rc.VIDEO, "tiny-video"])

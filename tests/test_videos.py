@@ -1,5 +1,4 @@
 "Videos as cameras, editors and damaged disks leave them; every file is made here"
-import io
 import json
 import struct
 import warnings
@@ -14,14 +13,14 @@ from av.stream import Disposition
 from PIL import Image
 
 from t2v_turbo.core import make_gen
-from t2v_turbo.files import UserError
 from t2v_turbo.data.clips import ClipFolder, Table
 from t2v_turbo.data.deal import BLOCK, content_mark, match_record
-from t2v_turbo.data.tables import find_clips, inside, read_table
-from t2v_turbo.data.videos import BACKGROUND, BadClip, probe, read_clip
 from t2v_turbo.data.shards import Shards
 from t2v_turbo.data.sources import Prompts, open_source
+from t2v_turbo.data.tables import find_clips, inside, read_table
 from t2v_turbo.data.tars import tar_samples, write_shards
+from t2v_turbo.data.videos import BACKGROUND, BadClip, probe, read_clip
+from t2v_turbo.files import UserError
 
 
 def square(i, n, h, w, c=3):

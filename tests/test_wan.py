@@ -4,30 +4,48 @@ import json
 
 import pytest
 import torch
-from diffusers import (AutoencoderKL, AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler,
-                       UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel)
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
 from t2v_turbo.consistency import consistency_fn, few_step_grid, few_step_sample, w_embedding
 from t2v_turbo.core import make_gen
-from t2v_turbo.files import UserError
 from t2v_turbo.distill import Distillation, Objective, draw
+from t2v_turbo.files import UserError
 from t2v_turbo.gaussian import Gaussian
 from t2v_turbo.pipeline import T2VTurboPipeline, sample_student, sample_teacher
+from t2v_turbo.saved import load_student, save_student
 from t2v_turbo.schedule import Schedule
 from t2v_turbo.solver import DDIM, ddim_sample, ddim_step
-from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.standins import tiny_wan
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.tiny import tiny_text_encoder, tiny_tokenizer, tiny_vae
-from t2v_turbo.standins import tiny_wan
-from t2v_turbo.teachers.wan import (Flow, FlowTeacher, GuidedWan, check_clip, flow_scheduler,
-                                    guided_wan, load_wan, save_wan, save_wan_lora, stock_scheduler,
-                                    wan_lora, with_places)
+from t2v_turbo.teachers.wan import (
+    Flow,
+    FlowTeacher,
+    GuidedWan,
+    check_clip,
+    flow_scheduler,
+    guided_wan,
+    load_wan,
+    save_wan,
+    save_wan_lora,
+    stock_scheduler,
+    wan_lora,
+    with_places,
+)
 
 SHIFTS = pytest.mark.parametrize("shift", [1., 3., 5.])
 

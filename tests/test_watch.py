@@ -10,16 +10,26 @@ import torch
 from scipy.stats import t as t_dist
 
 from t2v_turbo import watch as watch_module
+from t2v_turbo.core import make_gen
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.data.cache import open_cache
-from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
+from t2v_turbo.saved import load_student
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Objective, Trainer
+from t2v_turbo.watch import (
+    Watcher,
+    WatchOptions,
+    best_look,
+    fall,
+    hacked,
+    keep_best,
+    look_every,
+    read_rows,
+    score_clips,
+    watch,
+)
 from t2v_turbo.world import World
-from t2v_turbo.saved import load_student
-from t2v_turbo.watch import (Watcher, WatchOptions, best_look, fall, hacked, keep_best, look_every, read_rows,
-                             score_clips, watch)
 
 RUNS = Path(__file__).resolve().parents[1] / "nbs" / "experiments" / "hacking.json"
 

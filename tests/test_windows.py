@@ -9,19 +9,27 @@ from torch.testing import assert_close
 
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen, step_gen
-from t2v_turbo.files import UserError
 from t2v_turbo.distill import Distillation, Draw, Objective, draw, video_frames_of
-from t2v_turbo.plan import _most_frames, metered
-from t2v_turbo.rewards.base import (CLOCK, Facts, agreed_frames, frames_wanted, mix, place, random_frames, strided_frames,
-                                    window_start)
-from t2v_turbo.rewards.internvideo2 import INTERNVIDEO2
-from t2v_turbo.rewards.names import named_frames
-from t2v_turbo.rewards.tiny import load_reward
-from t2v_turbo.student import Student
+from t2v_turbo.files import UserError
 from t2v_turbo.memory import save_memory
 from t2v_turbo.meter import Meter
-from t2v_turbo.teachers.tiny import load_teacher
+from t2v_turbo.plan import _most_frames, metered
+from t2v_turbo.rewards.base import (
+    CLOCK,
+    Facts,
+    agreed_frames,
+    frames_wanted,
+    mix,
+    place,
+    random_frames,
+    strided_frames,
+    window_start,
+)
+from t2v_turbo.rewards.internvideo2 import INTERNVIDEO2
+from t2v_turbo.rewards.names import named_frames
 from t2v_turbo.standins import tiny_wan
+from t2v_turbo.student import Student
+from t2v_turbo.teachers.tiny import load_teacher
 from t2v_turbo.teachers.wan import as_history, reach_of
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.watch import Watcher
@@ -214,7 +222,7 @@ def test_a_short_history_starts_in_the_middle(clip, start, monkeypatch):
 
 
 def test_a_longer_history_is_better(clip, monkeypatch):
-    vae, gen = clip.teacher.vae, make_gen(0)
+    vae = clip.teacher.vae
     weights = {n: p.clone() for n, p in vae.state_dict().items()}
     try:
         for m in vae.decoder.modules():                      # the present has most of the weight

@@ -7,8 +7,26 @@ import torch
 from t2v_turbo import core
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
-from t2v_turbo.world import (ATTRS, COLOURS, MOTIONS, REVERSED, SHAPES, World, blur, caption, combos,
-                             flicker, is_heldout, logo, parse, render, sample_attrs, step_gen, watermark, web)
+from t2v_turbo.world import (
+    ATTRS,
+    COLOURS,
+    MOTIONS,
+    REVERSED,
+    SHAPES,
+    World,
+    blur,
+    caption,
+    combos,
+    flicker,
+    is_heldout,
+    logo,
+    parse,
+    render,
+    sample_attrs,
+    step_gen,
+    watermark,
+    web,
+)
 
 close = torch.testing.assert_close
 

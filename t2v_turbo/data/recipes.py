@@ -9,15 +9,17 @@ __all__ = ['PARTS', 'RECIPES', 'dice', 'teacher_id', 'data_id', 'source_about', 
 # %% ../../nbs/42_cache_recipes.ipynb #f95748f2
 import json
 import math
-import torch
 from dataclasses import dataclass
 from typing import Any
-from ..files import UserError
+
+import torch
+
 from ..core import step_gen
-from ..solver import DDIM, ask, ddim_sample
-from ..identity import tokens_id, weights_ids
-from ..teachers.base import Teacher
 from .deal import digest
+from ..files import UserError
+from ..identity import tokens_id, weights_ids
+from ..solver import DDIM, ask, ddim_sample
+from ..teachers.base import Teacher
 
 
 

@@ -100,7 +100,8 @@ def _json_rows(path):
 # %% ../../nbs/35_tables.ipynb #fb8a104a
 def _parquet_rows(path):
     "Read the rows of a Parquet file"
-    try: from pyarrow import ArrowException, parquet
+    try:
+        from pyarrow import ArrowException, parquet
     except ImportError: raise UserError(
         f"{path} needs the package pyarrow: pip install pyarrow, or save it as CSV.") from None
     try:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from ..core import make_gen, pick_device
-from ..files import UserError
 from ..data.videos import probe, read_clip
+from ..files import UserError
 from .names import options_of, parse_reward, reward_named
 from ..world import blur, caption, combos, flicker, render, watermark
 

@@ -10,10 +10,12 @@ __all__ = ['HPS', 'CLIPSCORE', 'PICKSCORE', 'AESTHETIC', 'open_clip_table', 'ope
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
+
 from ..core import clips_of, frames_of
 from ..files import UserError
 from .base import Facts, at_least_fp32

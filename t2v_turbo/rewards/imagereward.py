@@ -17,8 +17,7 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from ..core import clips_of, frames_of
 from .base import Facts, Reward, at_least_fp32
 from .cosine import in_chunks
-from .loading import (CLIP_STATS, crop, fetch, linear_head, normalise,
-                                       tokenizer_of)
+from .loading import CLIP_STATS, crop, fetch, linear_head, normalise, tokenizer_of
 from ..teachers.base import tokenize
 from ..weights import convert, depth, fill, layer_rows, read_weights, size_of
 

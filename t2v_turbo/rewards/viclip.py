@@ -8,11 +8,13 @@ __all__ = ['VICLIP_L', 'VICLIP_B', 'run_layers', 'ViCLIPVision', 'VideoReward', 
 
 # %% ../../nbs/30_viclip.ipynb #9fdaa4dd
 from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+
 from ..core import clips_of, frames_of
 from .base import Facts
 from .cosine import CosineReward

@@ -8,9 +8,11 @@ __all__ = ['PRISM_B', 'PRISM_L', 'stock', 'checkpointing', 'VideoPrism', 'videop
 # %% ../../nbs/32_videoprism.ipynb #9fdaa4dd
 from dataclasses import replace
 from typing import Any
+
 import torch
 import transformers
 from torch import Tensor, nn
+
 from ..core import clips_of, frames_of
 from ..files import UserError
 from .base import Facts

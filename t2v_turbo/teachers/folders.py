@@ -10,10 +10,12 @@ __all__ = ['SHIPPED', 'LOADERS', 'CLASSES', 'DEFAULTS', 'kind_of', 'local_folder
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLWan, DDIMScheduler, UNet3DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
+
 from ..core import expand_to
 from ..files import UserError, restore
 from ..hub import KNOWN, fetch_folder, nearest, read_index, split_name

@@ -9,14 +9,16 @@ __all__ = ['FPS', 'COND', 'lora_order', 'read_lora', 'layer_shapes', 'name_lora'
 
 # %% ../../nbs/20_published.ipynb #41f1705a
 import shutil
-import torch
 from pathlib import Path
 from types import SimpleNamespace
+
+import torch
 from diffusers import UNet3DConditionModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
 from ..core import make_gen
 from ..files import UserError, atomic, write_json
 from .base import Teacher

@@ -9,19 +9,21 @@ __all__ = ['FPS_FILE', 'PREFIXES', 'vc2_to_diffusers', 'vc2_layers', 'vc2_lora_l
            'convert_videocrafter2', 'x0_scale']
 
 # %% ../../nbs/19_videocrafter2.ipynb #7513008a
-import diffusers
 import math
 import os
 import re
 import threading
-import torch
 from contextlib import contextmanager
 from pathlib import Path
+
+import diffusers
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
+
 from ..files import UserError, atomic, write_json
 from .loading import check_whole, new_folder, read_torch
 from ..text import clip_tokenizer, read_merges

@@ -15,18 +15,24 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import (AutoencoderKL, AutoencoderKLWan, FlowMatchLCMScheduler,
-                       ModelMixin, # where GuidedWan is, diffusers looks for it in saved pipelines
-                       UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel)
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    FlowMatchLCMScheduler,
+    ModelMixin,  # where GuidedWan is, diffusers looks for it in saved pipelines
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from fastcore.basics import patch
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, UMT5EncoderModel
 
-from ..files import UserError, at_least, atomic, write_json
 from ..consistency import few_step_grid, w_embedding
 from ..core import expand_to
+from ..files import UserError, at_least, atomic, write_json
 from ..schedule import Schedule
 from .base import Teacher, tokenize
 from .loading import (check_size, check_whole, load_part, read_about, read_object,
