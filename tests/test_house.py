@@ -347,3 +347,9 @@ def test_train_knows_no_engine():
     named = {f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) if re.search(r"fsdp|deepspeed|zero\d|zero_", ast.unparse(f), flags=re.I)
              and "zero_grad" not in ast.unparse(f)}
     assert len(named) <= 1, f"t2v_turbo/train.py names an engine in {sorted(named)}"
+
+
+def test_ruff_has_nothing_to_report():
+    ruff = shutil.which("ruff") or pytest.skip("ruff is not installed: pip install -e '.[dev]'")
+    run = subprocess.run([ruff, "check", "--no-cache", "--output-format", "concise", "."], cwd=ROOT, text=True, stdin=subprocess.DEVNULL, capture_output=True)
+    assert run.returncode == 0, f"run `ruff check --fix`:\n{run.stdout[-3000:]}{run.stderr}"
