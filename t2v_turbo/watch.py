@@ -28,7 +28,7 @@ from .checkpoints import CannotSave
 from .core import step_gen, strip
 from .data.tables import read_prompts
 from .distill import video_frames_of
-from .files import UserError, at_least, atomic
+from .files import UserError, at_least, atomic, typed
 from .judges import (high_frequency, judge, judge_score, load_judges, motion_amount,
                               saturation)
 from .pipeline import sample_student
@@ -56,6 +56,7 @@ class WatchOptions:
     patience:int = 4         # looks averaged on either side of the fall
 
     def __post_init__(self):
+        typed(self)
         at_least(vars(self), eval_every=0, clips_each=1, patience=1)
         if not (self.student_w == -1 or 0 <= self.student_w < math.inf):
             raise UserError(f"student_w is {self.student_w}: give 0 or more, or -1 for the "
