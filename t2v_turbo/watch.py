@@ -35,7 +35,7 @@ from .pipeline import sample_student
 from .rewards.base import per_frame
 from .rewards.names import FACTS, options_of, parse_reward, reward_named
 from .rewards.tiny import load_reward
-from .saved import load_student, save_student, student_tensors
+from .saved import load_student, read_student, save_student, student_tensors
 from .student import Student
 from .teachers.tiny import WEIGHTS
 from .train import Config, Trainer
@@ -78,6 +78,8 @@ def look_every(cfg:Config,     # of the training
     if o.held_out and not every:
         give = "prompts, a file of captions" if o.eval_every else "eval_every, steps between looks"
         raise UserError(f"held_out {o.held_out!r} would never be asked: give {give}, as well")
+    if o.held_out: parse_reward(o.held_out)        # both are refused before anything is made
+    if o.reference: read_student(o.reference)
     return every
 
 # %% ../nbs/59_watch.ipynb #ebd85103
