@@ -239,7 +239,7 @@ def convert_lora(path:str|Path,       # the published `unet_lora.pt`
                  base_folder:str|Path, # diffusers folder of its base model
                  out:str|Path,        # folder to write; must not exist
                  base:str="vc2",      # `"vc2"` or `"ms"`
-                 merged:bool=False,   # write a whole model instead of adapters
+                 merged:bool=False,   # write a complete model instead of adapters
                  w_projection="zero", # base of the w-projection, see `w_weight`
                  fps:int=16,          # vc2: frames per second; T2V-Turbo was trained at 16
                  base_model:str|None=None, # teacher that the student loads; default: `base_folder`

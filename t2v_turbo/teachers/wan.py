@@ -19,7 +19,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     FlowMatchLCMScheduler,
-    ModelMixin,  # where GuidedWan is, diffusers looks for it in saved pipelines
+    ModelMixin,  # diffusers looks for it beside GuidedWan in saved pipelines
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
