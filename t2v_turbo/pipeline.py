@@ -39,15 +39,15 @@ from .teachers.loading import check_size, load_part, read_object
 # %% ../nbs/24_pipeline.ipynb #f7d2d952
 @dataclass
 class T2VTurboOutput(BaseOutput):
-    "What the pipeline returns"
-    frames:Any # clips in the layout that `output_type` asks for
+    "Output of the pipeline"
+    frames:Any # clips in the layout of `output_type`
 
 # %% ../nbs/24_pipeline.ipynb #730c6d34
 class T2VTurboPipeline(DiffusionPipeline):
     "Text to video in 1 to 16 steps with a consistency-distilled student"
     model_cpu_offload_seq = "text_encoder->denoiser->vae"
     _callback_tensor_inputs = ["latents", "denoised"]
-    if TYPE_CHECKING: # written below
+    if TYPE_CHECKING: # defined below
         def as_teacher(self, frames:int|None=None, size:tuple|None=None)->Teacher: ...
         def resized(self, num_frames, height, width)->Teacher: ...
         def __call__(self, prompt=None, num_inference_steps:int|None=None,
@@ -73,7 +73,7 @@ class T2VTurboPipeline(DiffusionPipeline):
                  num_frames:int=16,      # default length of a clip
                  fps:int=8,              # for writing videos
                  guidance_scale:float=7.5, # default w
-                 height:int|None=None,   # of a clip, pixels; the VAE's own by default
+                 height:int|None=None,   # of a clip, pixels; default: the VAE's own
                  width:int|None=None,
                  origin_steps:int=50,    # timesteps of the solver's grid in training
                  steps:int=4,            # default number of sampling steps
@@ -91,8 +91,8 @@ def as_teacher(self:T2VTurboPipeline,
                frames:int|None=None, # of a clip; the pipeline's own if `None`
                size:tuple|None=None, # height and width, pixels; the pipeline's own if `None`
               )->Teacher:
-    "The same components behind the teacher protocol"
-    c, dev = self.config, self._execution_device  # weights stay where offloading put them
+    "Wrap the components in the teacher protocol"
+    c, dev = self.config, self._execution_device  # offloaded weights are not moved
     size = size or c.height and (c.height, c.width)
     t = teacher_class(self.denoiser, self.vae)(
         "pipeline", self.denoiser, self.vae, self.text_encoder, self.tokenizer,
@@ -106,7 +106,7 @@ def resized(self:T2VTurboPipeline,
             num_frames,    # of a clip; the pipeline's own if `None`
             height, width, # pixels; the pipeline's own if `None`
            )->Teacher:
-    "The parts for clips of this size; one that they cannot take is refused"
+    "Wrap the components for clips of this size; raise `UserError` for an invalid size"
     own = self.as_teacher()
     (_, t, h, w), (_, _, lh, _) = own.video_shape, own.latent_shape
     size = check_size((height or h, width or w), h // lh)
@@ -116,7 +116,7 @@ def resized(self:T2VTurboPipeline,
 
 # %% ../nbs/24_pipeline.ipynb #dff9dbfc
 class UnknownOption(UserError, TypeError):
-    "A keyword that a call does not take"
+    "Raised for a keyword that a call does not accept"
 
 _PASS = "guidance is distilled into the student, so there is no unguided pass; leave it out"
 _GRID = "a student samples at timesteps of its own grid; give num_inference_steps"
@@ -141,20 +141,20 @@ _LOAD = dict(device_map="call .to(device) or .enable_model_cpu_offload() afterwa
              custom_pipeline="this class is the pipeline; leave it out",
              safety_checker="there is none to turn off; leave it out")
 
-def refuse_options(call:str,   # names the call in the error
+def refuse_options(call:str,   # name of the call, for the error
                    given:dict, # keyword: value
-                   why:dict,   # keyword of other pipelines: why it means nothing here
-                   known=(),   # keywords that are taken
+                   why:dict,   # keyword of other pipelines: why it does not apply
+                   known=(),   # accepted keywords
                   )->None:
-    "Refuse keywords that a call does not take, by name and with a reason"
+    "Raise `UnknownOption` for keywords that a call does not accept, with a reason"
     for n, v in given.items():
         if n in known or n in why and v is None: continue
         reason = why.get(n) or f"no such keyword; known are {', '.join(known)}"
         raise UnknownOption(f"{call} takes no {n}: {reason}")
 
 # %% ../nbs/24_pipeline.ipynb #0f66a754
-def captions(prompt)->list: # of a caption, or of several
-    "Captions as a list; nothing at all, or anything but text, is refused"
+def captions(prompt)->list: # a caption, or several
+    "Return captions as a list; raise `UserError` if empty or not text"
     try: found = [prompt] if isinstance(prompt, str) else list(prompt)
     except TypeError: raise UserError(f"prompt is {prompt!r}: give a caption, or a list of "
                                       "captions") from None
@@ -164,7 +164,7 @@ def captions(prompt)->list: # of a caption, or of several
     return found
 
 def _generators(given, n):
-    "A generator for all clips, or one for each"
+    "Check the generator: one for all clips, or one for each"
     many = given if isinstance(given, (list, tuple)) else [given]
     odd = [g for g in many if not isinstance(g, torch.Generator)]
     if given is not None and odd: raise UserError(
@@ -174,14 +174,14 @@ def _generators(given, n):
     return list(many) if many is given else given
 
 def _like(name, x, shape):
-    "A tensor from outside, in float32; another shape is refused"
+    "Convert a given tensor to float32; raise `UserError` for a wrong shape"
     if isinstance(x, Tensor) and tuple(x.shape) == tuple(shape): return x.float()
     told = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
     raise UserError(f"{name} is {told}: give a tensor of shape {tuple(shape)}")
 
 @patch
 def _context(self:T2VTurboPipeline, model, prompt, embeds, n):
-    "Context of all clips `(b n d)`, each prompt's n times"
+    "Encode the context of all clips `(b n d)`, repeated n times for each prompt"
     if not isinstance(n, Integral) or n < 1: raise UserError(
         f"num_videos_per_prompt is {n!r}: give 1 or more")
     if (prompt is None) == (embeds is None): raise UserError(
@@ -195,7 +195,7 @@ def _context(self:T2VTurboPipeline, model, prompt, embeds, n):
 # %% ../nbs/24_pipeline.ipynb #885a9d38
 @patch
 def _names(self:T2VTurboPipeline, callback, names):
-    "Which tensors a callback gets: those that it names, or all"
+    "List the tensors for a callback: those that it names, or all"
     if callback is not None and not callable(callback): raise UserError(
         f"callback_on_step_end is {callback!r}: give a function of (pipe, step, t, tensors)")
     names = names or getattr(callback, "tensor_inputs", None) or self._callback_tensor_inputs
@@ -207,7 +207,7 @@ def _names(self:T2VTurboPipeline, callback, names):
 
 @patch
 def _call_back(self:T2VTurboPipeline, callback, names, i, t, x0, z, noised):
-    "The step's result as the callback leaves it; `z`, from which the next step starts, in place"
+    "Run the callback and return its result; update `z`, the next step's start, in place"
     own = dict(latents=z, denoised=x0)
     before = {n: v.clone() for n, v in own.items()}
     got = callback(self, i, t, {n: own[n] for n in names})
@@ -226,7 +226,7 @@ def _call_back(self:T2VTurboPipeline, callback, names, i, t, x0, z, noised):
 # %% ../nbs/24_pipeline.ipynb #28b21536
 @patch
 def _walk(self:T2VTurboPipeline, f, z, steps, schedule, noise, callback, names):
-    "The few-step sampler with a callback after each step; its last `denoised`"
+    "Run the few-step sampler with a callback after each step; return the last `denoised`"
     kept, last, self._interrupt = {}, len(steps) - 1, False
     draw = lambda i: kept.setdefault(i, noise(i))
     with self.progress_bar(total=len(steps)) as bar:
@@ -241,7 +241,7 @@ def _walk(self:T2VTurboPipeline, f, z, steps, schedule, noise, callback, names):
 
 @patch
 def _finish(self:T2VTurboPipeline, model, x0, output_type):
-    "Latents to what was asked for; what is not finite is refused"
+    "Convert latents to the output type; raise an error if they are not finite"
     check_finite(x0, "the student's answer", self.denoiser.dtype)
     if output_type == "latent": return x0
     x = check_finite(model.decode(x0), "the decoded clip", self.vae.dtype)
@@ -249,12 +249,12 @@ def _finish(self:T2VTurboPipeline, model, x0, output_type):
 
 @patch(as_prop=True)
 def interrupt(self:T2VTurboPipeline)->bool:
-    "Whether sampling ends after this step"
+    "Whether sampling stops after this step"
     return getattr(self, "_interrupt", False)
 
 # %% ../nbs/24_pipeline.ipynb #0dc432be
 def _check_call(w, output_type):
-    "Refuse a guidance scale or a layout that cannot be"
+    "Raise `UserError` for an invalid guidance scale or output type"
     if not isinstance(w, Real) or not 0 <= w < math.inf: raise UserError(
         f"guidance_scale {w!r} is negative or no number: give 0 (no guidance) or more")
     if output_type not in (kinds := ("np", "pil", "pt", "latent")): raise UserError(
@@ -265,23 +265,23 @@ def _check_call(w, output_type):
 @torch.no_grad()
 def __call__(self,
               prompt=None,              # a caption, or a list of them
-              num_inference_steps:int|None=None, # 1..16, one call each; the student's if `None`
-              guidance_scale:float|None=None, # w, 0 is no guidance; the student's if `None`
+              num_inference_steps:int|None=None, # 1..16, one call each; `None`: the student's
+              guidance_scale:float|None=None, # w, 0: no guidance; `None`: the student's
               num_frames:int|None=None,      # frames of the clip
               height:int|None=None,          # of the clip, pixels
               width:int|None=None,
               generator=None,           # a `torch.Generator`, or one per clip
-              latents:Tensor|None=None,      # start noise `(b c t h w)`, drawn if `None`
-              origin_steps:int|None=None, # solver grid of the training; the student's if `None`
+              latents:Tensor|None=None,      # start noise `(b c t h w)`; `None`: drawn
+              origin_steps:int|None=None, # solver grid of the training; `None`: the student's
               output_type:str="np",     # np (b t h w c), pil, pt (b t c h w), latent (b c t h w)
-              return_dict:bool=True,    # else a tuple, as everywhere in diffusers
+              return_dict:bool=True,    # `False`: a tuple, as in diffusers
               callback_on_step_end=None, # `(pipe, step, t, {latents, denoised}) -> dict`
-              callback_on_step_end_tensor_inputs:list|None=None, # which of the two; both if `None`
+              callback_on_step_end_tensor_inputs:list|None=None, # which of the two; `None`: both
               prompt_embeds:Tensor|None=None, # context `(b n d)` instead of `prompt`
               num_videos_per_prompt:int=1, # clips of each prompt
-              **kwargs:Never,           # of other pipelines: refused
+              **kwargs:Never,           # options of other pipelines: an error
              )->T2VTurboOutput|tuple:
-    "Sample videos, the multistep consistency sampler of Algorithm 1's student"
+    "Sample videos with the multistep consistency sampler of Algorithm 1's student"
     refuse_options("T2VTurboPipeline", kwargs, _CALL, _KNOWN)
     c, dev = self.config, self._execution_device
     steps = steps_of(dict(steps=c.steps, origin=c.origin_steps), num_inference_steps, origin_steps)
@@ -307,9 +307,9 @@ _KNOWN = tuple(n for n in signature(T2VTurboPipeline.__call__).parameters
 @patch_to(T2VTurboPipeline, cls_method=True)
 def from_student(cls,
                  student:Student,           # trained or loaded
-                  guidance_scale:float|None=None, # default w when sampling; the student's own
+                  guidance_scale:float|None=None, # default w; `None`: the student's own
                  )->"T2VTurboPipeline":
-    "A pipeline with the student's adapters merged into the weights"
+    "Make a pipeline with the student's adapters merged into the weights"
     return cls._of(student.teacher, student.merged(), own_sampling(student), guidance_scale)
 
 @patch_to(T2VTurboPipeline, cls_method=True)
@@ -323,10 +323,10 @@ def _of(cls, t, denoiser, sampling, w=None):
 
 @patch_to(T2VTurboPipeline, cls_method=True)
 def from_teacher(cls,
-                 t:Teacher,                # whose denoiser is a merged student
-                  guidance_scale:float|None=None, # default w when sampling; that of such teachers
+                 t:Teacher,                # its denoiser is a merged student
+                  guidance_scale:float|None=None, # default w; `None`: the usual w of this teacher
                  )->"T2VTurboPipeline":
-    "A pipeline of a converted folder that holds a whole student"
+    "Make a pipeline from a converted folder with a complete student"
     proj = [p for n, p in t.denoiser.named_parameters() if "cond_proj" in n]
     if not any(p.any() for p in proj):
         raise UserError(f"{t.name!r} holds a teacher, which does not know w: distill it first, or "
@@ -335,11 +335,11 @@ def from_teacher(cls,
 
 # %% ../nbs/24_pipeline.ipynb #bc3feb57
 _PARTS = ("vae", "text_encoder", "tokenizer", "denoiser", "scheduler")
-_SIZES = ("variant", "frames", "size", "fps")     # what `load_teacher` takes
+_SIZES = ("variant", "frames", "size", "fps")     # options of `load_teacher`
 _OWN = ("num_frames", "fps", "guidance_scale", "height", "width", "origin_steps", "steps")
 
 def _part(folder, name, kind, dtype, variant):
-    "One component of a saved pipeline, of the class that its index names"
+    "Load one component of a saved pipeline, of the class in its index"
     if not kind or kind[0] is None: return None
     try: cls = getattr(import_module(kind[0]), kind[1])
     except (ImportError, AttributeError, TypeError) as e:
@@ -349,14 +349,14 @@ def _part(folder, name, kind, dtype, variant):
 
 @patch_to(T2VTurboPipeline, cls_method=True)
 def _of_index(cls, folder, index, dtype, given):
-    "Our own pipeline, as `save_pretrained` wrote it; networks come in their final precision"
+    "Load a pipeline from `save_pretrained`, with networks in their final precision"
     variant = given.pop("variant", None)
     parts = {n: given.pop(n) if n in given else _part(folder, n, index.get(n), dtype, variant)
              for n in _PARTS}
     return cls(**parts, **{n: index[n] for n in _OWN if n in index} | _some(given))
 
 def _precision(dtype, given):
-    "`dtype`, or `torch_dtype` as older diffusers has it"
+    "Return `dtype`, or `torch_dtype` as in older diffusers"
     other = given.pop("torch_dtype", None)
     if None not in (dtype, other) and dtype != other:
         raise UserError(f"dtype is {dtype} but torch_dtype is {other}: give one of them")
@@ -367,18 +367,18 @@ def _precision(dtype, given):
 @patch_to(T2VTurboPipeline, cls_method=True)
 def from_pretrained(cls,
                      folder:str|Path, # of a student, a converted model or a pipeline; or a hub id
-                     dtype=None, # of all weights; float32 if `None`, `auto`: `pick_dtype`
+                     dtype=None, # of all weights; `None`: float32, `auto`: `pick_dtype`
                      **kwargs,   # torch_dtype, variant; sizes, or components of our own pipeline
                     )->"T2VTurboPipeline":
-    "Load a student folder, a converted folder that holds a whole student, or our own pipeline"
+    "Load a student's folder, a converted complete student, or a saved pipeline"
     given = dict(kwargs)
     dtype = _precision(dtype, given)
     at = local_folder(str(folder), given.get("variant"), dtype)
     for n in ("use_safetensors", "low_cpu_mem_usage"):
-        if given.get(n) is True: del given[n]            # it is so anyway
+        if given.get(n) is True: del given[n]            # always true here
     def refuse(kind, *known):
         refuse_options(f"from_pretrained of {kind}", given, _LOAD, known)
-        for n in given.keys() & _LOAD.keys(): del given[n]   # `None`: nothing was asked for
+        for n in given.keys() & _LOAD.keys(): del given[n]   # `None`: not set
     if (at / "student.json").is_file():
         refuse("a student", "dtype", *_SIZES)
         student = load_merged(at, dtype, **_some(given))
@@ -397,13 +397,13 @@ def _some(given): return {n: v for n, v in given.items() if v is not None}
 
 # %% ../nbs/24_pipeline.ipynb #0b455a59
 @torch.no_grad()
-def sample_teacher(teacher:Teacher, # adapters off, if it carries a student
+def sample_teacher(teacher:Teacher, # with adapters off, if it has any
                    prompts:list,    # captions, `list[str]`
                    gen:torch.Generator, # draws the start noise
                    steps:int=50,    # DDIM steps; two network evaluations each
-                   w:float|None=None, # guidance, 0 is none; the teacher's usual one if `None`
+                   w:float|None=None, # guidance, 0: none; `None`: the teacher's usual
                   )->Tensor:        # clips `(b c t h w)` in [0,1]
-    "The teacher's own sampler: DDIM with classifier-free guidance"
+    "Sample the teacher by DDIM with classifier-free guidance"
     prompts, w = captions(prompts), guidance_of(teacher) if w is None else w
     ctx, null = teacher.encode_text(prompts), teacher.encode_text([""] * len(prompts))
     z = torch.randn(len(prompts), *teacher.latent_shape, generator=gen).to(teacher.device)
@@ -412,7 +412,7 @@ def sample_teacher(teacher:Teacher, # adapters off, if it carries a student
     return _decoded(teacher, x0)
 
 def _decoded(t, x0):
-    "Latents of a teacher or student as clips; what is not finite is refused"
+    "Decode latents of a teacher or student; raise an error if they are not finite"
     check_finite(x0, "the network's answer", getattr(t.denoiser, "dtype", None))
     return check_finite(t.decode(x0), "the decoded clip", getattr(t.vae, "dtype", None))
 
@@ -421,10 +421,10 @@ def _decoded(t, x0):
 def sample_student(student:Student, # adapters on
                    prompts:list,    # captions, `list[str]`
                    gen:torch.Generator, # draws start noise and the noise between steps
-                   steps:int|None=None, # 1..16, one network evaluation each; its own if `None`
-                   w:float|None=None, # guidance scale, 0 is none; its own if `None`
+                   steps:int|None=None, # 1..16, one network evaluation each; `None`: its own
+                   w:float|None=None, # guidance scale, 0: none; `None`: its own
                   )->Tensor:        # clips `(b c t h w)` in [0,1]
-    "The few-step sampler on a student that is still in training"
+    "Run the few-step sampler on a student in training"
     t, prompts = student.teacher, captions(prompts)
     sampling = own_sampling(student)
     grid, ctx = steps_of(sampling, steps), t.encode_text(prompts)
@@ -438,7 +438,7 @@ def sample_student(student:Student, # adapters on
 # %% ../nbs/24_pipeline.ipynb #fb1037a1
 @patch
 def fingerprint(self:T2VTurboPipeline)->str:
-    "16 hex digits over the weights of all three networks, in their present precision"
+    "Hash the weights of all three networks, in their current precision, to 16 hex digits"
     return content_id({f"{n}.{k}": v for n in ("denoiser", "vae", "text_encoder")
                        if (net := getattr(self, n)) is not None
                        for k, v in net.state_dict().items()})

@@ -31,7 +31,7 @@ from ..weights import (FILES, block_rows, convert, depth, fill, layer_rows, read
 # %% ../../nbs/28_clip_rewards.ipynb #d24d504b
 def open_clip_table(config:CLIPConfig, # from `open_clip_config`
                    )->dict:            # published name: row
-    "The rows of a whole OpenCLIP file"
+    "Make the rows of a complete OpenCLIP file"
     old, new, eyes = "visual.", "vision_model.", config.vision_config.num_hidden_layers
     one = {f"{old}class_embedding": "embeddings.class_embedding",
            f"{old}conv1.weight": "embeddings.patch_embedding.weight",
@@ -45,12 +45,12 @@ def open_clip_table(config:CLIPConfig, # from `open_clip_config`
 
 # %% ../../nbs/28_clip_rewards.ipynb #562dfc98
 def open_clip_config(state:dict,         # an OpenCLIP file
-                     head:int=80,        # channels of a head in the image tower
+                     head:int=80,        # channels per head in the image tower
                      text_heads:int|None=None, # heads of the text tower; `None`: of 64 channels
                      act:str="gelu",     # `quick_gelu` for OpenAI's weights
-                     what:str="CLIP",    # how an error names the model
+                     what:str="CLIP",    # name of the model in errors
                     )->CLIPConfig:
-    "The sizes of a CLIP, read from its tensors"
+    "Read the sizes of a CLIP from its tensors"
     size = lambda k: size_of(state, k, what)
     width, _, patch, _ = size("visual.conv1.weight")
     if width % head:
@@ -72,22 +72,22 @@ def open_clip_config(state:dict,         # an OpenCLIP file
 
 # %% ../../nbs/28_clip_rewards.ipynb #21e683fd
 def open_clip_model(state:dict,     # an OpenCLIP file
-                    what:str="CLIP", # how an error names the model
+                    what:str="CLIP", # name of the model in errors
                     **heads,        # see `open_clip_config`
                    )->CLIPModel:
-    "The same network as a stock `CLIPModel`"
+    "Convert an OpenCLIP file to a stock `CLIPModel`"
     config = open_clip_config(state, what=what, **heads)
     with torch.device("meta"): model = CLIPModel(config)
     return fill(model, convert(state, open_clip_table(config), model, what)).eval()
 
 # %% ../../nbs/28_clip_rewards.ipynb #d9e85bb0
 class CLIPReward(CosineReward):
-    "Cosine of image and text features, the mean over the frames; the raw cosine, no logit scale"
+    "Raw cosine of image and text features, the mean over the frames, without logit scale"
     def __init__(self,
-                 facts:Facts,    # what it states about itself
+                 facts:Facts,    # properties of the reward
                  net:CLIPModel,  # the two towers
                  tokenizer,      # of the text tower
-                 fit=letterbox,  # or `squash`, `crop`: how a frame becomes a square
+                 fit=letterbox,  # or `squash`, `crop`: resizes a frame to a square
                  chunk:int|None=None, # images at once
                 ):
         super().__init__(replace(facts, size=net.config.vision_config.image_size), tokenizer)
@@ -96,21 +96,21 @@ class CLIPReward(CosineReward):
     def prepare(self,
                 frames:Tensor, # `(b 3 t h w)` in [0,1]
                )->Tensor:      # `(b 3 t size size)`, normalised
-        "Square, then normalise"
+        "Resize to a square, then normalise"
         x = self.fit(frames_of(frames), self.facts.size)
         return clips_of(normalise(x, CLIP_STATS), frames.shape[2])
 
     def vision(self,
                x:Tensor, # from `prepare`
               )->Tensor: # `(b t d)`
-        "One vector a frame"
+        "Encode each frame as one vector"
         f = lambda images: self.net.get_image_features(images).pooler_output
         return in_chunks(f, frames_of(x), self.chunk).unflatten(0, (-1, x.shape[2]))
 
     def text(self,
              ids:Tensor, # `(n tokens)`
             )->Tensor:   # `(n d)`
-        "One vector a prompt, read at its end mark"
+        "Encode each prompt as one vector, from its end token"
         return self.net.get_text_features(ids).pooler_output
 
 # %% ../../nbs/28_clip_rewards.ipynb #b4511df0
@@ -119,18 +119,18 @@ CLIPSCORE = Facts("clipscore", 1, 77, 224, "MIT", "laion/CLIP-ViT-H-14-laion2B-s
 PICKSCORE = Facts("pickscore", 1, 77, 224, "MIT", "yuvalkirstain/PickScore_v1")
 
 def _from_file(path, facts, vocabulary, dtype):
-    "Network and tokenizer of an OpenCLIP file, which brings no vocabulary"
+    "Load network and tokenizer for an OpenCLIP file, which has no vocabulary"
     state, merges = read_weights(path), clip_merges(vocabulary)
     net = open_clip_model(state, facts.name).to(dtype)
     words = net.config.text_config
     return net, clip_tokenizer(merges, words.vocab_size, words.max_position_embeddings)
 
-def load_clip(facts:Facts,         # whose weights
+def load_clip(facts:Facts,         # its weights
               weights=None,        # OpenCLIP file, folder or hub name; `None`: `facts.weights`
               vocabulary=None,     # CLIP's merges, see `clip_merges`; for OpenCLIP files only
               dtype:torch.dtype=torch.float32, # of the network
              )->tuple[CLIPModel, Any]: # network and tokenizer
-    "A CLIP and its tokenizer: an OpenCLIP file, or a folder in transformers' format"
+    "Load a CLIP and its tokenizer from an OpenCLIP file or a folder of transformers"
     where = weights or facts.weights
     if not weights and where.count("/") > 1: where = fetch(None, facts)   # one file on the hub
     if Path(where).is_file() or Path(where).suffix in FILES:
@@ -143,7 +143,7 @@ def hpsv2(weights=None,        # `HPS_v2.1_compressed.pt`, or a folder; `None`: 
           dtype:torch.dtype=torch.float32, # of the network
           chunk:int|None=None,      # images at once
          )->CLIPReward:
-    "HPSv2.1, which people's preferences between images have tuned"
+    "Load HPSv2.1, tuned on human preferences between images"
     both = load_clip(HPS, weights, vocabulary, dtype)
     return CLIPReward(HPS, *both, letterbox, chunk).frozen(dtype)
 
@@ -152,7 +152,7 @@ def clipscore(weights=None,    # an OpenCLIP file, a folder or a hub name
               dtype:torch.dtype=torch.float32, # of the network
               chunk:int|None=None,  # images at once
              )->CLIPReward:
-    "CLIPScore with LAION's ViT-H/14"
+    "Load CLIPScore with LAION's ViT-H/14"
     both = load_clip(CLIPSCORE, weights, vocabulary, dtype)
     return CLIPReward(CLIPSCORE, *both, squash, chunk).frozen(dtype)
 
@@ -162,7 +162,7 @@ def pickscore(weights=None,    # a folder or a hub name
               dtype:torch.dtype=torch.float32, # of the network
               chunk:int|None=None,  # images at once
              )->CLIPReward:
-    "PickScore, as a raw cosine"
+    "Load PickScore as a raw cosine"
     both = load_clip(PICKSCORE, weights, vocabulary, dtype)
     return CLIPReward(PICKSCORE, *both, squash, chunk).frozen(dtype)
 
@@ -172,10 +172,10 @@ AESTHETIC = Facts("aesthetic", 1, 0, 224, "MIT", "github.com/LAION-AI/aesthetic-
                   "openai/clip-vit-large-patch14")
 
 class AestheticReward(CLIPReward):
-    "A linear head on normalised image features, the mean over the frames; prompts are not read"
+    "Linear head on normalised image features, the mean over the frames, without prompts"
     def __init__(self,
-                 facts:Facts,    # what it states about itself
-                 net:CLIPModel,  # its image tower is used
+                 facts:Facts,    # properties of the reward
+                 net:CLIPModel,  # only its image tower is used
                  head:nn.Linear, # from `linear_head`
                  chunk:int|None=None, # images at once
                 ):
@@ -184,9 +184,9 @@ class AestheticReward(CLIPReward):
 
     def score(self,
               x:Tensor,     # prepared pixels `(b 3 t size size)`
-              prompts:list, # not read
+              prompts:list, # ignored
              )->Tensor:     # ratings `(b,)`, about 1 to 10
-        "The rating of each frame, averaged"
+        "Average the ratings of the frames"
         v = F.normalize(at_least_fp32(self.vision(x)), dim=-1)
         w, b = (at_least_fp32(p) for p in (self.head.weight, self.head.bias))
         return F.linear(v, w, b).squeeze(-1).mean(1)
@@ -197,7 +197,7 @@ def aesthetic(weights=None,  # the head, `.pth`
               dtype:torch.dtype=torch.float32, # of the network
               chunk:int|None=None, # images at once
              )->AestheticReward:
-    "The LAION aesthetic score, with either of its heads"
+    "Load the LAION aesthetic score with either of its heads"
     if weights is None:
         raise UserError(f"aesthetic: give the path of the head, from {AESTHETIC.weights}")
     head = linear_head(read_weights(weights), AESTHETIC.name)

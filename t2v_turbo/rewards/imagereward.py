@@ -28,9 +28,9 @@ _VIT = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.qkv": "self_attn.q
         "attn.proj": "self_attn.projection", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 
 class ImageReward(Reward):
-    "BLIP with cross-attention and a linear head, standardised; the mean over the frames"
+    "BLIP with cross-attention and a linear head, standardised, averaged over the frames"
     def __init__(self,
-                 facts:Facts,             # what it states about itself
+                 facts:Facts,             # properties of the reward
                  eyes:BlipVisionConfig,   # sizes of the image tower
                  words:BlipTextConfig,    # sizes of the text tower
                  tokenizer=None,          # of BERT
@@ -44,7 +44,7 @@ class ImageReward(Reward):
     def prepare(self,
                 frames:Tensor, # `(b 3 t h w)` in [0,1]
                )->Tensor:      # `(b 3 t size size)`, normalised
-        "Cut out the middle, then normalise"
+        "Crop the middle, then normalise"
         x = crop(frames_of(frames), self.facts.size)
         return clips_of(normalise(x, CLIP_STATS), frames.shape[2])
 
@@ -52,7 +52,7 @@ class ImageReward(Reward):
               x:Tensor,     # prepared pixels `(b 3 t size size)`
               prompts:list, # captions, `list[str]`, length b
              )->Tensor:     # scores `(b,)`
-        "Each frame read together with the prompt of its clip"
+        "Score each frame together with the prompt of its clip"
         see = lambda images: self.eyes(images).last_hidden_state
         ids = tokenize(self.tokenizer, prompts, self.facts.tokens).to(x.device)
         ids = ids.repeat_interleave(x.shape[2], 0)
@@ -64,8 +64,8 @@ class ImageReward(Reward):
 
 # %% ../../nbs/29_imagereward.ipynb #29cbfe73
 def imagereward_table(net:ImageReward, # on the `meta` device
-                     )->dict:          # published name: row; the head is not in it
-    "The rows of ImageReward's file"
+                     )->dict:          # published name: row, without the head
+    "Make the rows of ImageReward's file"
     old, new = "blip.visual_encoder.", "eyes."
     rows = {f"{old}cls_token": [f"{new}embeddings.class_embedding"],
             f"{old}pos_embed": [f"{new}embeddings.position_embedding"],
@@ -81,7 +81,7 @@ def imagereward_table(net:ImageReward, # on the `meta` device
 def imagereward_sizes(state:dict,    # ImageReward's file
                       heads:int|None=None, # of both towers; `None`: of 64 channels
                      )->tuple[BlipVisionConfig, BlipTextConfig]:
-    "The sizes of both towers, read from the tensors"
+    "Read the sizes of both towers from the tensors"
     size = lambda k: size_of(state, k, IMAGEREWARD.name)
     t, v = "blip.text_encoder.", "blip.visual_encoder."
     wide, _, patch, _ = size(v + "patch_embed.proj.weight")
@@ -93,7 +93,7 @@ def imagereward_sizes(state:dict,    # ImageReward's file
         intermediate_size=size(v + "blocks.0.mlp.fc1.bias")[0])
     reads = BlipTextConfig(
         vocab_size=words, hidden_size=width, encoder_hidden_size=wide, is_decoder=True,
-        bos_token_id=0, sep_token_id=0,      # only used to write text
+        bos_token_id=0, sep_token_id=0,      # only used for generating text
         num_attention_heads=heads or width // 64,
         num_hidden_layers=depth(state, t + "encoder.layer"),
         intermediate_size=size(t + "encoder.layer.0.intermediate.dense.bias")[0],
@@ -107,7 +107,7 @@ def imagereward(weights=None,   # `ImageReward.pt`; `None`: from the hub
                 chunk:int|None=None, # images at once
                 heads:int|None=None, # of both towers; `None`: of 64 channels, as published
                )->ImageReward:
-    "ImageReward, from its published file"
+    "Load ImageReward from its published file"
     state = read_weights(fetch(weights, IMAGEREWARD))
     words, sizes = tokenizer_of(tokenizer, IMAGEREWARD.name), imagereward_sizes(state, heads)
     with torch.device("meta"): net = ImageReward(IMAGEREWARD, *sizes, words, chunk)

@@ -44,7 +44,7 @@ _INSIDE = {**{f"0.{a}": f"resnets.{{}}.{b}" for a, b in _RES.items()},  # 0: a r
            "1": "attentions.{}", "2": "temp_attentions.{}"}            # 1 and 2: attention
 
 def _by_rule(name, rules):
-    "The name with its beginning replaced by the first rule that fits, or `None`"
+    "Replace the beginning of a name by the first matching rule; `None` without a match"
     return next((new + name[len(old):] for old, new in rules.items()
                  if f"{name}.".startswith(f"{old}.")), None)
 
@@ -52,7 +52,7 @@ def _by_rule(name, rules):
 def vc2_to_diffusers(name:str,     # layer or tensor of VideoCrafter2's UNet
                      layers:int=2, # residual blocks a level
                     )->str|None:   # `None` for the fps embedding, which diffusers lacks
-    "The name of the same layer or tensor in `UNet3DConditionModel`"
+    "Translate the name of a layer or tensor to `UNet3DConditionModel`"
     if alone := _by_rule(name, _ALONE): return alone
     found = re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)\.(.+)", name)
     if not found: return None
@@ -105,7 +105,7 @@ def _outputs(config, widths):
 def vc2_layers(config:dict,   # of a `UNet3DConditionModel`
                fps:bool=True, # with the fps embedding
               )->list:        # names of VideoCrafter2 layers that have weights, `list[str]`
-    "All layers of VideoCrafter2's UNet in the order in which it builds them"
+    "List all layers of VideoCrafter2's UNet in the order of construction"
     inputs, widths = _inputs(config)
     return ["time_embed.0", "time_embed.2", *["fps_embedding.0", "fps_embedding.2"][:2 * fps],
             *["time_cond_proj"][:bool(config.get("time_cond_proj_dim"))],
@@ -115,32 +115,32 @@ def vc2_layers(config:dict,   # of a `UNet3DConditionModel`
 
 def vc2_lora_layers(config:dict, # of the student's `UNet3DConditionModel`
                    )->list:      # names of VideoCrafter2 layers, `list[str]`
-    "The layers of the published LoRA list, in its order: all but norms and the one `Conv1d` pair"
+    "List the layers of the published LoRA in its order: all but norms and one `Conv1d` pair"
     norm = re.compile(r"(^|\.)(norm\d?|(in|out)_layers\.0|conv\d\.0|out\.0)$")
     return [n for n in vc2_layers(config) if n.endswith("to_out.0") or not norm.search(n)
             and n not in ("init_attn.0.proj_in", "init_attn.0.proj_out")]
 
 # %% ../../nbs/19_videocrafter2.ipynb #07f8f309
-FPS_FILE = "fps_embedding.safetensors"        # the fps embedding, at the top of a converted folder
+FPS_FILE = "fps_embedding.safetensors"        # the fps embedding, in a converted folder
 _FPS = [f"fps_embedding.{i}.{k}" for i in (0, 2) for k in ("weight", "bias")]
 _WHAT = "VideoCrafter2"                       # how errors name the model
 
 def stock_network(cls:type,    # of diffusers or transformers
                   config:dict, # its sizes
                  )->nn.Module: # shapes without memory
-    "A network on the `meta` device"
+    "Build a network on the `meta` device"
     with torch.device("meta"):
         return cls(CLIPTextConfig(**config)) if cls is CLIPTextModel else cls.from_config(config)
 
 def _dim(state, axis, *names):
-    "The size of the first of these tensors that is there; `check` names the others later"
+    "Return the size of the first existing tensor; `check` reports missing ones later"
     name = next((n for n in names if n in state), names[0])
     return size_of(state, name, _WHAT)[axis]
 
 # %% ../../nbs/19_videocrafter2.ipynb #a1b92e4e
 def unet_config(state:dict, # VideoCrafter2's UNet, its own names
                )->dict:     # for `UNet3DConditionModel.from_config`
-    "The sizes of the UNet, read from its tensors"
+    "Read the sizes of the UNet from its tensors"
     downs = [int(m[1]) for m in (re.match(r"input_blocks\.(\d+)\.0\.op\.", k) for k in state) if m]
     layers, levels = min(downs, default=depth(state, "input_blocks") or 1) - 1, len(set(downs)) + 1
     first = [f"input_blocks.{1 + i*(layers + 1)}" for i in range(levels)]
@@ -161,22 +161,22 @@ def unet_config(state:dict, # VideoCrafter2's UNet, its own names
 
 # %% ../../nbs/19_videocrafter2.ipynb #1c304783
 def unet_table(net:nn.Module, # the stock UNet; may be on the `meta` device
-               state:dict,    # tells whether there is an fps embedding
+               state:dict,    # shows whether there is an fps embedding
               )->dict:        # published name: row
-    "The rows of the UNet"
+    "Make the rows of the UNet"
     new = {f"{n}.{k}": vc2_to_diffusers(f"{n}.{k}", net.config.layers_per_block)
            for n in vc2_layers(net.config, False) for k in ("weight", "bias")}
     own = net.state_dict()
     table = {k: [v] for k, v in new.items() if v in own}         # not every layer has a bias
     if not any(k.startswith("fps_embedding.") for k in state): return table
-    twins = {k: new[k.replace("fps_embedding", "time_embed")] for k in _FPS} # of the same shape
+    twins = {k: new[k.replace("fps_embedding", "time_embed")] for k in _FPS} # equal shapes
     return table | {k: tuple(own[v].shape) for k, v in twins.items()}
 
 # %% ../../nbs/19_videocrafter2.ipynb #55ea0d9f
 def fps_vector(state:dict, # holds the four tensors `fps_embedding.*`
                fps:int,    # frames a second
               )->Tensor:   # `(d,)` float64
-    "What VideoCrafter2 adds to the time embedding for a frame rate"
+    "Compute the term that VideoCrafter2 adds to the time embedding for a frame rate"
     rate, (w1, b1, w2, b2) = check_whole("fps", fps), (state[k].double() for k in _FPS)
     half = w1.shape[1] // 2
     angle = rate * torch.exp(torch.arange(half).double() * -math.log(1e4) / half).to(w1.device)
@@ -185,27 +185,27 @@ def fps_vector(state:dict, # holds the four tensors `fps_embedding.*`
 def fps_bias(state:dict, # the tensors of `fps_vector` and `time_embed.2.bias`
              fps:int,    # frames a second
             )->Tensor:   # `(d,)`, in the dtype of the bias
-    "The bias of `time_embedding.linear_2` with the frame rate folded in"
+    "Fold the frame rate into the bias of `time_embedding.linear_2`"
     bias = state["time_embed.2.bias"]
     return (bias.double() + fps_vector(state, fps)).to(bias.dtype)
 
 # %% ../../nbs/19_videocrafter2.ipynb #d219489b
 def unet_from_vc2(state:dict, # VideoCrafter2's UNet, its own names without a prefix
                   fps:int=16, # the frame rate to fold in
-                  what:str="this UNet", # how an error names the file
+                  what:str="this UNet", # name of the file in errors
                  )->tuple:    # config, state dict of `UNet3DConditionModel`
-    "The UNet in diffusers' layout; the tensors are views of the old ones where they can be"
+    "Convert the UNet to diffusers' layout; tensors are views of the old ones where possible"
     net = stock_network(UNet3DConditionModel, config := unet_config(state))
     new = convert(state, table := unet_table(net, state), net, _WHAT, what)
     if _FPS[0] in table: new["time_embedding.linear_2.bias"] = fps_bias(state, fps)
     return config, new
 
 # %% ../../nbs/19_videocrafter2.ipynb #ce747b59
-def set_fps(unet:nn.Module, # from a folder that `convert_videocrafter2` wrote
+def set_fps(unet:nn.Module, # from a folder written by `convert_videocrafter2`
             folder:str|Path, # that folder
             fps:int,        # frames a second
            )->nn.Module:    # the same UNet, changed in place
-    "Choose another frame rate for a converted UNet"
+    "Set another frame rate in a converted UNet"
     path = Path(folder)/FPS_FILE
     if not path.is_file():
         raise UserError(f"there is no {path}, so the frame rate cannot be changed: give a folder "
@@ -222,14 +222,14 @@ _VAE = [("down_blocks", "down"), ("samplers.0", "sample"), ("conv_shortcut", "ni
         ("attn_1.to_", "attn_1."), ("resnets", "block"), ("conv_norm_out", "norm_out")]
 
 def _vae_name(new, levels):
-    "The published name of a tensor of `AutoencoderKL`"
+    "Return the published name of a tensor of `AutoencoderKL`"
     old = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", new)
     for a, b in _VAE: old = old.replace(a, b)
     return old
 
 def vae_config(state:dict, # the VAE, its own names
               )->dict:     # for `AutoencoderKL.from_config`
-    "The sizes of the VAE, read from its tensors"
+    "Read the sizes of the VAE from its tensors"
     levels = max(1, depth(state, "encoder.down"))
     widths = [_dim(state, 0, *(f"encoder.down.{i}.block.0.{k}" for k in (
         "conv1.bias", "conv2.bias", "conv1.weight"))) for i in range(levels)]
@@ -243,23 +243,23 @@ def vae_config(state:dict, # the VAE, its own names
 
 # %% ../../nbs/19_videocrafter2.ipynb #fa239e5b
 def vae_table(net:nn.Module, # the stock VAE; may be on the `meta` device
-              state:dict|None=None, # not read; `unet_table` needs it
+              state:dict|None=None, # unused; for the signature of `unet_table`
              )->dict:        # published name: row
-    "The rows of the VAE"
+    "Make the rows of the VAE"
     levels = len(net.config.block_out_channels)
     return {_vae_name(k, levels): [k] for k in net.state_dict()}
 
 def vae_from_vc2(state:dict, # `first_stage_model`, without that prefix
                 )->tuple:    # config, state dict of `AutoencoderKL`
-    "The VAE in diffusers' layout"
+    "Convert the VAE to diffusers' layout"
     net = stock_network(AutoencoderKL, config := vae_config(state))
     return config, convert(state, vae_table(net), net, _WHAT, "this VAE")
 
 # %% ../../nbs/19_videocrafter2.ipynb #939bb3ad
 def text_config(state:dict,     # the text tower, its own names
-                heads:int|None=None, # attention heads; by default of width 64
+                heads:int|None=None, # attention heads; default: of width 64
                )->dict:         # for `CLIPTextConfig`
-    "The sizes of the text tower, read from its tensors; one layer less than it has"
+    "Read the sizes of the text tower from its tensors; one layer less than published"
     block = "transformer.resblocks"
     width = _dim(state, 0, "ln_final.weight", "ln_final.bias")
     vocab = _dim(state, 0, "token_embedding.weight")
@@ -272,9 +272,9 @@ def text_config(state:dict,     # the text tower, its own names
 
 # %% ../../nbs/19_videocrafter2.ipynb #1e8a39de
 def text_table(net:nn.Module, # the stock text encoder; may be on the `meta` device
-               state:dict|None=None, # not read; `unet_table` needs it
+               state:dict|None=None, # unused; for the signature of `unet_table`
               )->dict:        # published name: row
-    "The rows of the text tower; its last block is checked, then left out"
+    "Make the rows of the text tower; its last block is checked, then left out"
     pre = "text_model." * any(k.startswith("text_model.") for k in net.state_dict())
     rows = text_rows(n := net.config.num_hidden_layers, "", pre)
     last, end = (f"transformer.resblocks.{i}." for i in (n - 1, n))
@@ -283,9 +283,9 @@ def text_table(net:nn.Module, # the stock text encoder; may be on the `meta` dev
     return rows | extra | {k: [] for k in ("text_projection", "logit_scale", "attn_mask")}
 
 def text_from_vc2(state:dict,     # `cond_stage_model.model`, without that prefix
-                  heads:int|None=None, # attention heads; by default of width 64
+                  heads:int|None=None, # attention heads; default: of width 64
                  )->tuple:        # config, state dict of `CLIPTextModel`
-    "The text tower up to its penultimate block, in transformers' layout"
+    "Convert the text tower, up to its penultimate block, to transformers' layout"
     net = stock_network(CLIPTextModel, config := text_config(state, heads))
     return config, convert(state, text_table(net), net, _WHAT, "this text tower")
 
@@ -299,9 +299,9 @@ _PARTS = dict(unet=(UNet3DConditionModel, unet_config, unet_table, unet_from_vc2
               text_encoder=(CLIPTextModel, text_config, text_table, text_from_vc2))
 
 def vc2_parts(state:dict, # from `read_weights`
-              what:str="the checkpoint", # how an error names the file
+              what:str="the checkpoint", # name of the file in errors
              )->dict:     # `unet`, `vae`, `text_encoder`: their state dicts without prefix
-    "Split a checkpoint into its parts, after one check of all its names and shapes"
+    "Check all names and shapes of a checkpoint, then split it into its parts"
     parts = {p: {k[len(pre):]: v for k, v in state.items() if k.startswith(pre)}
              for p, pre in PREFIXES.items()}
     none = [PREFIXES[p] for p in parts if not parts[p]]
@@ -317,16 +317,16 @@ def vc2_parts(state:dict, # from `read_weights`
 # %% ../../nbs/19_videocrafter2.ipynb #7e5ae7cb
 def _save(cls, config, state, folder):
     model = fill(stock_network(cls, config), state)
-    model.save_pretrained(folder, max_shard_size="2GB")         # so an interrupt waits for less
+    model.save_pretrained(folder, max_shard_size="2GB")     # shortens the wait after an interrupt
 
 def vc2_scheduler()->DDIMScheduler:
-    "The published noise schedule: 1000 steps, scaled-linear, noise prediction"
+    "Make the published noise schedule: 1000 steps, scaled-linear, noise prediction"
     return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
                          clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 # %% ../../nbs/19_videocrafter2.ipynb #91b967a6
 def _describe(folder, fps, left_out):
-    "The two small files that describe the folder"
+    "Write the two small files that describe the folder"
     kinds = dict(unet="diffusers UNet3DConditionModel", vae="diffusers AutoencoderKL",
                  text_encoder="transformers CLIPTextModel", tokenizer="transformers CLIPTokenizer",
                  scheduler="diffusers DDIMScheduler")
@@ -339,15 +339,15 @@ def _describe(folder, fps, left_out):
 # %% ../../nbs/19_videocrafter2.ipynb #fb6818b8
 def _bytes_in(folder):
     total = 0
-    for path, _, files in os.walk(folder):                      # passes over folders that just went
+    for path, _, files in os.walk(folder):                  # skips folders that were just removed
         for f in files:
             try: total += os.path.getsize(os.path.join(path, f))
             except FileNotFoundError: pass                      # renamed at this moment
     return total
 
 @contextmanager
-def writing(folder:str|Path, # the files that are written while the body runs
-            total:int,   # about as many bytes as there will be
+def writing(folder:str|Path, # the body writes its files here
+            total:int,   # expected number of bytes
            ):
     "Show a progress bar of the bytes in a folder while the body runs"
     done = threading.Event()
@@ -364,11 +364,11 @@ def writing(folder:str|Path, # the files that are written while the body runs
 
 # %% ../../nbs/19_videocrafter2.ipynb #20e17480
 def convert_videocrafter2(checkpoint:str|Path,  # the published `model.ckpt`
-                          out:str|Path,         # the folder to make; must not exist
+                          out:str|Path,         # the new folder; must not exist
                           fps:int=16,           # frame rate to fold in; `set_fps` changes it later
                           vocabulary:str|Path|None=None, # of CLIP, see `read_merges`
                          )->Path:               # `out`
-    "Turn VideoCrafter2's checkpoint into a folder that stock diffusers loads"
+    "Convert VideoCrafter2's checkpoint to a folder that stock diffusers loads"
     out = Path(out)
     new_folder(out); check_whole("fps", fps)
     merges = read_merges(vocabulary)
@@ -397,5 +397,5 @@ def x0_scale(steps:int=1000,  # timesteps of the schedule
              last:float=.7,   # the factor from `ramp` on
              ramp:int=400,    # steps over which it falls from 1
             )->Tensor:        # `(steps,)`, multiplies alpha
-    "The factor on the data with which VideoCrafter2 was trained"
+    "Return the factor on the data in VideoCrafter2's training"
     return torch.cat([torch.linspace(1, last, ramp), torch.full((steps - ramp,), last)])[:steps]

@@ -19,7 +19,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     FlowMatchLCMScheduler,
-    ModelMixin,  # where GuidedWan is, diffusers looks for it in saved pipelines
+    ModelMixin,  # diffusers looks for it beside GuidedWan in saved pipelines
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -41,25 +41,25 @@ from .loading import (check_size, check_whole, load_part, read_about, read_objec
 # %% ../../nbs/21_wan.ipynb #0de0c395
 @dataclass(frozen=True)
 class Flow(Schedule):
-    "Linear flow: z = (1 - sigma) z0 + sigma noise; the network says noise - z0"
-    abar:Tensor = field(init=False, repr=False) # alpha^2 (T,), for whoever asks for signal power
+    "Linear flow: z = (1 - sigma) z0 + sigma noise; the network predicts noise - z0"
+    abar:Tensor = field(init=False, repr=False) # alpha^2 (T,), the signal power
     sigma:Tensor                                # share of noise (T,) float32, rising to 1
 
     def __post_init__(self): object.__setattr__(self, "abar", (1 - self.sigma)**2)
 
     @classmethod
     def shifted(cls,
-                shift:float=3., # 1 is none; larger spends more timesteps on high noise
+                shift:float=3., # 1: no shift; larger: more timesteps at high noise
                 T:int=1000,     # number of timesteps
                ):
-        "s = k u / (1 + (k-1) u) at u = 1/T, 2/T, .., 1"
+        "Make the flow with s = k u / (1 + (k-1) u) at u = 1/T, 2/T, .., 1"
         if shift <= 0: raise UserError(f"shift {shift} is not positive: Wan has 3 or 5")
         u = torch.arange(1, T+1, dtype=torch.float64)/T
         return cls((shift*u/(1 + (shift-1)*u)).float())
 
     @classmethod
     def from_diffusers(cls, scheduler): # FlowMatchEuler, FlowMatchLCM, UniPC with flow sigmas, ..
-        "The flow of a diffusers scheduler, with the timesteps it was trained on"
+        "Make the flow of a diffusers scheduler, with its training timesteps"
         c, name = scheduler.config, type(scheduler).__name__
         shift = c.get("flow_shift") if c.get("use_flow_sigmas") else c.get("shift")
         if shift is None or c.get("prediction_type", "flow_prediction") != "flow_prediction":
@@ -72,40 +72,40 @@ class Flow(Schedule):
         return cls.shifted(shift, c.num_train_timesteps)
 
     def to(self, device): # a torch device
-        "The same process on another device"
+        "Move the process to another device"
         return type(self)(self.sigma.to(device))
 
 # %% ../../nbs/21_wan.ipynb #ba4d3a94
 @patch(as_prop=True)
 def shift(self:Flow)->float:
-    "The shift that the table was made with"
+    "Recover the shift from the table"
     u, s = (len(self)//2)/len(self), self.sigma[len(self)//2 - 1].item()
     return s*(1-u)/(u*(1-s))
 
 @patch
 def time(self:Flow, t:Tensor)->Tensor:
-    "The time input of the network at `t`: 1000 sigma, float32"
+    "Return the time input of the network at `t`: 1000 sigma, float32"
     return 1000*self.sigma.to(t.device)[t]
 
 @patch
 def alpha_sigma(self:Flow, t:Tensor, like:Tensor):
-    "Scale of signal and of noise at `t`, float32, each (b, 1, .., 1) to broadcast over `like`"
+    "Return the scales of signal and noise at `t`, float32, (b, 1, .., 1) to match `like`"
     sigma = expand_to(self.sigma.to(like.device)[t.to(like.device)], like)
     return 1 - sigma, sigma
 
 @patch
 def v(self:Flow, z0:Tensor, noise:Tensor, t:Tensor)->Tensor:
-    "Velocity along the line, which the network is trained to give; the same at every `t`"
+    "Compute the velocity, the target of the network; the same at every `t`"
     return noise.float() - z0.float()
 
 @patch
 def x0_eps(self:Flow,
-           zt:Tensor,  # what the network saw (b, ...)
-           out:Tensor, # what it predicted, like `zt`
+           zt:Tensor,  # input of the network (b, ...)
+           out:Tensor, # its prediction, like `zt`
            t:Tensor,   # timesteps (b,)
            kind:str="flow_prediction", # or 'epsilon' or 'sample'
           ):           # (x0, eps), float32
-    "Data and noise from any kind of prediction"
+    "Compute data and noise from any kind of prediction"
     if kind == "v_prediction":
         raise UserError("v_prediction belongs to a VP process: a flow says 'flow_prediction'")
     if kind != "flow_prediction": return Schedule.x0_eps(self, zt, out, t, kind)
@@ -114,10 +114,10 @@ def x0_eps(self:Flow,
 
 # %% ../../nbs/21_wan.ipynb #5a954830
 def with_places(sample:Tensor,  # latents `(b c t h w)`
-                channels:int,   # channels wanted: c, or c + t + h/patch + w/patch
+                channels:int,   # c, or c + t + h/patch + w/patch
                 patch_size:tuple, # of the transformer, (t h w)
                )->Tensor:       # `(b channels t h w)`
-    "Latents with one more channel for every frame, row and column of patches: 1 there, else 0"
+    "Add a channel for every frame, row and column of patches: 1 there, else 0"
     b, c, *sizes = sample.shape
     if channels == c: return sample
     counts = [n // p for n, p in zip(sizes, patch_size)]
@@ -132,7 +132,7 @@ def with_places(sample:Tensor,  # latents `(b c t h w)`
 
 # %% ../../nbs/21_wan.ipynb #624ad57c
 class GuidedWan(WanTransformer3DModel):
-    "`WanTransformer3DModel` called like `UNet3DConditionModel`, with or without a guidance scale"
+    "A `WanTransformer3DModel` called like `UNet3DConditionModel`, with optional guidance"
     @wraps(WanTransformer3DModel.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -147,7 +147,7 @@ class GuidedWan(WanTransformer3DModel):
                 timestep_cond:Tensor|None=None,     # embedded guidance `(b 256)`
                 return_dict:bool=True,         # as everywhere in diffusers
                ):
-        "Velocity prediction; guidance is added to the embedded time"
+        "Predict the velocity; guidance is added to the embedded time"
         x = with_places(sample, self.config.in_channels, self.config.patch_size)
         call = lambda: WanTransformer3DModel.forward(self, x, timestep, encoder_hidden_states,
                                                      return_dict=return_dict)
@@ -158,9 +158,9 @@ class GuidedWan(WanTransformer3DModel):
         finally: hook.remove()
 
 # %% ../../nbs/21_wan.ipynb #5faf680f
-def guided_wan(net:WanTransformer3DModel, # its parts are taken over, not copied
+def guided_wan(net:WanTransformer3DModel, # its parts are reused, not copied
               )->GuidedWan:
-    "The same network with a w-projection that is zero"
+    "Add a zero w-projection to a network"
     with torch.device("meta"): out = GuidedWan.from_config(net.config)  # no memory for weights
     for name, part in net.named_children(): setattr(out, name, part)
     out.scale_shift_table = net.scale_shift_table
@@ -170,14 +170,14 @@ def guided_wan(net:WanTransformer3DModel, # its parts are taken over, not copied
 
 # %% ../../nbs/21_wan.ipynb #7549fb07
 class FlowTeacher(Teacher):
-    "A teacher that was trained on a straight line; frame-wise VAE, one CLIP tokenizer"
+    "A flow-matching teacher with a frame-wise VAE and one CLIP tokenizer"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.schedule = Flow.from_diffusers(self.scheduler)
 
 def flow_scheduler(shift:float=3., # see `Flow.shifted`
                   )->UniPCMultistepScheduler:
-    "The scheduler that Wan ships"
+    "Make the scheduler in Wan's folder"
     return UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction",
                                    flow_shift=shift)
 
@@ -187,7 +187,7 @@ def check_clip(frames:int,  # frames of a clip
                every:int=4, # frames of a latent, after the first
                step:int=16, # pixels of a token
               )->None:
-    "Raise `UserError` for frames or a size that Wan cannot take, and name the nearest that it can"
+    "Raise `UserError` for invalid frames or size, with the nearest valid value"
     whole = max(1, round((frames-1)/every)*every + 1)
     if frames != whole:
         raise UserError(f"{frames} frames are not possible: Wan takes {every}k+1 frames, "
@@ -197,10 +197,10 @@ def check_clip(frames:int,  # frames of a clip
 # %% ../../nbs/21_wan.ipynb #2a4da18a
 class WanTeacher(FlowTeacher):
     "Wan 2.1: 4k+1 frames, a VAE that is causal in time, UMT5"
-    window:int = 21         # frames that the rewards of a step lie within: 6 latents with gradient
-    warm_up:int|None = None # latents of history before them, 1 or more; `None`: all, which is exact
+    window:int = 21         # span of a step's reward frames: 6 latents with gradient
+    warm_up:int|None = None # latents of history, 1 or more; `None`: all, which is exact
     def __init__(self,
-                 name:str,             # how logs and saved students call it
+                 name:str,             # name in logs and saved students
                  denoiser:GuidedWan,   # see `guided_wan`
                  vae:AutoencoderKLWan, # causal in time
                  text_encoder:UMT5EncoderModel, # reads ids and mask
@@ -229,8 +229,8 @@ class WanTeacher(FlowTeacher):
 @patch
 def encode_text(self:WanTeacher,
                 prompts:list,   # captions, `list[str]`; the null prompt is `""`
-               )->Tensor:       # context `(b n d)`, zeros where the prompt has ended
-    "Encode prompts with UMT5; spaces and HTML entities are cleaned as in `WanPipeline`"
+               )->Tensor:       # context `(b n d)`, zeros at the padding
+    "Encode prompts with UMT5, after cleaning spaces and HTML entities as `WanPipeline` does"
     with torch.no_grad():
         clean = [" ".join(html.unescape(html.unescape(p)).split()) for p in prompts]
         ids = tokenize(self.tokenizer, clean, self.tokens).to(self.device)
@@ -242,7 +242,7 @@ def encode(self:WanTeacher,
            clips:Tensor,        # `(b 3 4k+1 h w)` in [0,1]
            gen:torch.Generator|None=None, # draws from the posterior; `None` takes its mean
           )->Tensor:            # normalised latents `(b c k+1 h/8 w/8)`
-    "Clips to latents of about unit variance"
+    "Encode clips to latents of about unit variance"
     with torch.no_grad():
         post = self.vae.encode((clips * 2 - 1).to(self.vae.dtype)).latent_dist
         z = post.mode() if gen is None else post.sample(gen)
@@ -250,7 +250,7 @@ def encode(self:WanTeacher,
 
 @patch
 def lora_targets(self:WanTeacher)->list:
-    "Names of all linear layers but the w-projection"
+    "List all linear layers except the w-projection"
     return [n for n, m in self.denoiser.named_modules()
             if isinstance(m, nn.Linear) and not n.endswith("cond_proj")]
 
@@ -259,7 +259,7 @@ def lora_targets(self:WanTeacher)->list:
 def as_history(decoder, # Wan's, called latent by latent
                n:int,   # latents
               ):
-    "Within this context the first `n` latents of a clip pass without gradient and give no frames"
+    "Run the first `n` latents of a clip without gradient and without output frames"
     at, forward = [0], decoder.forward
     def run(x, *args, first_chunk=False, **kwargs):
         at[0] = 0 if first_chunk else at[0] + 1
@@ -275,7 +275,7 @@ def decode(self:WanTeacher,
            z:Tensor,            # latents `(b c k+1 h w)`
            frames:Tensor|None=None,  # indices of the frames to return, 0..4k; all by default
           )->Tensor:            # clips `(b 3 t' 8h 8w)` in [0,1], differentiable in `z`
-    "Latents to clips; with `frames`, latents before the first one's are history, see `as_history`"
+    "Decode latents; with `frames`, latents before the first frame are history (`as_history`)"
     start = first = 0
     if self.warm_up is not None: at_least(dict(warm_up=self.warm_up), warm_up=1)
     if frames is not None:
@@ -290,12 +290,12 @@ def decode(self:WanTeacher,
 # %% ../../nbs/21_wan.ipynb #71a823ec
 def reach_of(vae:AutoencoderKLWan, # any size; no weights are read
             )->float:              # latents
-    "Return how many latents before its own a frame can depend on"
+    "Count the earlier latents that a frame can depend on"
     rate, back = 1, 0.
     for name, m in vae.decoder.named_modules():
         if not isinstance(m, nn.Conv3d): continue
         back += (m.kernel_size[0] - 1)/rate
-        if name.endswith("time_conv"): rate *= 2           # from here on twice the frames
+        if name.endswith("time_conv"): rate *= 2           # later layers run at twice the rate
     return back
 
 # %% ../../nbs/21_wan.ipynb #a115854b
@@ -303,10 +303,10 @@ _KINDS = dict(AutoencoderKLWan=(AutoencoderKLWan, UMT5EncoderModel),
               AutoencoderKL=(AutoencoderKL, CLIPTextModel))
 
 def save_wan(teacher:FlowTeacher, # its denoiser without adapters
-             folder:str|Path,     # to make, or to replace
+             folder:str|Path,     # new, or replaced
              half:bool=False,     # store the transformer in float16
             )->Path:              # `folder`
-    "Write a teacher as a diffusers folder of stock classes"
+    "Save a teacher as a diffusers folder of stock classes"
     with torch.device("meta"): net = WanTransformer3DModel.from_config(teacher.denoiser.config)
     state = {k: v.half() if half else v for k, v in teacher.denoiser.state_dict().items()}
     net.load_state_dict({k: v for k, v in state.items() if k != "cond_proj.weight"}, assign=True)
@@ -329,7 +329,7 @@ def _class_of(folder, part, file="config.json"):
     raise UserError(f"{str(path)!r} lacks the name of its class: give it as it was published")
 
 def _check_fit(teacher, folder):
-    "Raise `UserError` for latents that the transformer cannot take"
+    "Raise `UserError` if the transformer does not fit the latents"
     net, latents = teacher.denoiser.config, torch.zeros(1, *teacher.latent_shape)
     if not isinstance(teacher, WanTeacher):
         f = 2**(len(teacher.vae.config.block_out_channels) - 1)
@@ -341,7 +341,7 @@ def _check_fit(teacher, folder):
 
 # %% ../../nbs/21_wan.ipynb #b51ffe48
 def _numbers(about, **given):
-    "Frames, rate and size: as given, or else those of `teacher.json`, or else the class's own"
+    "Choose frames, rate and size: as given, from `teacher.json`, or the class's own"
     found = {k: about.get(k) if v is None else v for k, v in given.items()}
     for k in ("frames", "fps"):
         if found[k] is not None: check_whole(k, found[k])
@@ -372,7 +372,7 @@ def load_wan(folder:str|Path,  # Wan 2.1 in diffusers' layout, or from `save_wan
     cls, scheduler = WanTeacher if vae is AutoencoderKLWan else FlowTeacher, _scheduler_of(folder)
     part = lambda kind, name: load_part(kind, folder, name, dtype, variant)
     words, eyes = part(text, "text_encoder"), part(vae, "vae")
-    net = guided_wan(part(WanTransformer3DModel, "transformer")) # last: it is read tensor by tensor
+    net = guided_wan(part(WanTransformer3DModel, "transformer")) # last: read tensor by tensor
     tokenizer = load_part(AutoTokenizer, folder, "tokenizer")
     teacher = cls(str(folder), net, eyes, words, tokenizer, scheduler, **numbers)
     _check_fit(teacher, folder)
@@ -392,9 +392,9 @@ def one_rank(state:dict, # LoRA as PEFT names it: `lora_A.weight (r ..)`, `lora_
 
 # %% ../../nbs/21_wan.ipynb #5d4dd51e
 def wan_lora(denoiser:GuidedWan, # with LoRA of any rank and alpha, as `Student` makes it
-             w:float=4.,         # guidance scale to keep, 0 is none
+             w:float=4.,         # guidance scale to fold in; 0: no guidance
             )->dict:             # name: tensor, for `WanPipeline.load_lora_weights`
-    "A student of Wan as one LoRA of scale 1, the guidance scale folded into a bias"
+    "Turn a student of Wan into one LoRA of scale 1, with the guidance scale as a bias"
     if w < 0: raise UserError(f"w {w} is negative: give 0 (no guidance) or more")
     if not getattr(denoiser, "peft_config", None):
         raise UserError("this transformer carries no LoRA: give the denoiser of a student")
@@ -405,7 +405,7 @@ def wan_lora(denoiser:GuidedWan, # with LoRA of any rank and alpha, as `Student`
         state[bias] = m.scaling["default"] * state.get(bias, state[up].new_zeros(len(state[up])))
         state[up] = m.scaling["default"] * state[up]
     time, proj = denoiser.get_submodule(last), denoiser.cond_proj.weight
-    if not isinstance(time, BaseTunerLayer):              # it gets its bias all the same
+    if not isinstance(time, BaseTunerLayer):              # it needs the bias without LoRA, too
         rank = next(len(v) for k, v in state.items() if k.endswith("lora_A.weight"))
         state |= {f"{last}.lora_A.weight": proj.new_zeros(rank, time.in_features),
                   f"{last}.lora_B.weight": proj.new_zeros(time.out_features, rank),
@@ -416,10 +416,10 @@ def wan_lora(denoiser:GuidedWan, # with LoRA of any rank and alpha, as `Student`
     return {f"transformer.{k}": v.detach().contiguous().cpu() for k, v in state.items()}
 
 def save_wan_lora(denoiser:GuidedWan, # as for `wan_lora`
-                  folder:str|Path,    # to make, or to replace
-                  w:float=4.,         # guidance scale to keep
+                  folder:str|Path,    # new, or replaced
+                  w:float=4.,         # guidance scale to fold in
                  )->Path:             # the file in it
-    "Write `pytorch_lora_weights.safetensors`, as diffusers does"
+    "Save `pytorch_lora_weights.safetensors` as diffusers does"
     state = {k.removeprefix("transformer."): v for k, v in wan_lora(denoiser, w).items()}
     with atomic(folder) as tmp: WanPipeline.save_lora_weights(tmp, state)
     return Path(folder)/"pytorch_lora_weights.safetensors"
@@ -429,7 +429,7 @@ def stock_scheduler(scheduler,     # of the teacher
                     steps:int=4,   # sampling steps
                     origin:int=50, # grid the student was trained on
                    )->FlowMatchLCMScheduler:
-    "A stock scheduler whose `set_timesteps(steps)` gives the timesteps of `few_step_grid`"
+    "Make a stock scheduler whose `set_timesteps(steps)` matches `few_step_grid`"
     flow = Flow.from_diffusers(scheduler)
     T, k, grid = len(flow), flow.shift, few_step_grid(steps, origin, len(flow))
     if steps < 3:
