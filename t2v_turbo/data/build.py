@@ -28,27 +28,27 @@ from ..teachers.base import Teacher
 # %% ../../nbs/45_build.ipynb #a2ed22b1
 @dataclass(frozen=True)
 class CachePlan:
-    "How a cache is built"
+    "Settings of a cache build"
     kind:str                # `text`, `latents`, `samples` or `pairs`
-    samples:int|None = None # in all, or captions to look at; by default all there are
-    batch:int = 8           # samples a step, that of the training
-    shard:int = 32          # steps a shard
-    dtype:str = "float16"   # of what is stored: float16, bfloat16 or float32
+    samples:int|None = None # in all, or captions to read; by default all
+    batch:int = 8           # samples per step, as in training
+    shard:int = 32          # steps per shard
+    dtype:str = "float16"   # of the stored tensors: float16, bfloat16 or float32
     at_once:int = 0         # samples the networks see together, for memory; 0: a batch
-    rank:int = 0            # which of the processes that build this cache
-    num_processes:int = 1   # how many there are
-    verify:bool = False     # read the shards that are there, and compute changed ones again
+    rank:int = 0            # index of this process
+    num_processes:int = 1   # that build this cache
+    verify:bool = False     # read existing shards, and recompute changed ones
     progress:bool = True    # show a bar
     options:dict = field(default_factory=dict) # of the recipe: `k`, `seed`, `texts`, `w`, `steps`
 
-    if TYPE_CHECKING: # written below
+    if TYPE_CHECKING: # defined below
         def check(self)->None: ...
         def todo(self, folder, about:dict)->list: ...
         def build(self, teacher:Teacher, source, folder)->Path: ...
 
 # %% ../../nbs/45_build.ipynb #0f27bb47
 def _check_options(kind, options):
-    "Raise `UserError` if there is no such recipe, or it has no such options"
+    "Raise `UserError` at an unknown recipe or option"
     if kind not in RECIPES: raise UserError(f"there is no cache of kind {kind!r}: give one of "
                                             f"{', '.join(RECIPES)}")
     allowed = [n for n in getattr(RECIPES[kind], "__dataclass_fields__", ()) if n != "source"]
@@ -58,7 +58,7 @@ def _check_options(kind, options):
 
 @patch
 def check(self:CachePlan)->None:
-    "Raise `UserError` if a setting is wrong"
+    "Raise `UserError` if a setting is invalid"
     _check_options(self.kind, self.options)
     at_least(vars(self) | dict(samples=self.samples or 0),
              batch=1, shard=1, num_processes=1, at_once=0, samples=0)
@@ -76,7 +76,7 @@ def recipe(self:CachePlan, teacher, source, folder):
     elif isinstance(source, (list, tuple)): source = Prompts(source)
     resume_source(folder, source)
     recipe = RECIPES[self.kind](source, **self.options)
-    if isinstance(recipe, (Samples, Pairs)): recipe.ddim(teacher)      # raises at wrong steps
+    if isinstance(recipe, (Samples, Pairs)): recipe.ddim(teacher)      # raises at invalid steps
     for c in (source, self.options.get("texts")):
         if isinstance(c, Cache): c.check(teacher)
     return recipe
@@ -105,7 +105,7 @@ def mine(self:CachePlan, about):
 
 @patch
 def todo(self:CachePlan, folder, about:dict)->list:
-    "List the shards that this process has to compute"
+    "List the missing and damaged shards of this process"
     return list(list_faults(folder, about, self.verify, self.mine(about)))
 
 def _room(folder, about, teacher, shards):
@@ -123,11 +123,11 @@ def _room(folder, about, teacher, shards):
 def make_shard(recipe,          # one of `RECIPES`
                teacher:Teacher, # whose networks run
                about:dict,      # of the cache
-               s:int,           # which shard
+               s:int,           # number of the shard
                at_once:int=0,   # samples the networks see together; 0: all
                tick=lambda n: None, # called with the number of samples after each batch
               )->tuple[dict, list]: # tensors (n, ...) by name, n captions
-    "Compute one shard, which depends on the settings and on `s` only"
+    "Compute one shard, which depends only on the settings and on `s`"
     rows, batch, parts, captions = shard_rows(about)[s], about["batch"], [], []
     for i in range(-(-rows//batch)):
         part, texts = make_batch(recipe, teacher, s*about["shard"] + i, batch,
@@ -142,9 +142,9 @@ def make_shard(recipe,          # one of `RECIPES`
 def build(self:CachePlan,
           teacher:Teacher,  # whose networks run, on their device
           source,           # prompts, clips, or a cache of latents; see `RECIPES`
-          folder,           # of the cache; resumed if there is one
+          folder,           # of the cache; an existing one is resumed
          )->Path:           # `folder`
-    "Compute what is missing of the cache"
+    "Compute the missing shards of the cache"
     self.check()
     recipe = self.recipe(teacher, source, folder)
     about = self.about(recipe, teacher)
@@ -165,12 +165,12 @@ def build(self:CachePlan,
 def build_cache(kind:str,         # `text`, `latents`, `samples` or `pairs`
                 teacher:Teacher,  # whose networks run, on their device
                 source,           # prompts, clips, or a cache of latents; see `RECIPES`
-                folder,           # of the cache; resumed if there is one
-                samples:int|None=None, # in all, or captions to look at; by default all there are
-                batch:int=8,      # samples a step, that of the training
-                **settings,       # more of `CachePlan`, and options of the recipe
+                folder,           # of the cache; an existing one is resumed
+                samples:int|None=None, # in all, or captions to read; by default all
+                batch:int=8,      # samples per step, as in training
+                **settings,       # more settings of `CachePlan`, and options of the recipe
                )->Path:           # `folder`
-    "Build a cache, or what is missing of it"
+    "Build a cache, or its missing and damaged shards"
     own = {f.name for f in fields(CachePlan)} - {"options"}
     plan = CachePlan(kind, samples, batch, **{n: v for n, v in settings.items() if n in own},
                      options={n: v for n, v in settings.items() if n not in own})

@@ -35,18 +35,18 @@ def dice(seed:int,    # seed of the run
 
 # %% ../../nbs/42_cache_recipes.ipynb #e28a1fa4
 def _round(x):
-    "List numbers with four digits"
+    "List numbers rounded to four digits"
     return [round(v, 4) for v in x.flatten().tolist()]
 
 def _schedule(teacher):
-    "Describe the forward process: kind of prediction, alpha and sigma at three places"
+    "Describe the forward process: kind of prediction, alpha and sigma at three times"
     T = len(teacher.schedule)
     at = torch.tensor([0, T//2, T - 1])
     alpha, sigma = (_round(x) for x in teacher.schedule.alpha_sigma(at, torch.zeros(3)))
     return f"{teacher.prediction_type}, alpha {alpha}, sigma {sigma}"
 
 # %% ../../nbs/42_cache_recipes.ipynb #8386b6a3
-PARTS = dict(                                    # what a cache may depend on
+PARTS = dict(                                    # parts that a cache can depend on
     text=lambda T: weights_ids(T.text_encoder),
     tokens=lambda T: tokens_id(T.tokenizer, getattr(T, "tokens", T.tokenizer.model_max_length)),
     vae=lambda T: weights_ids(T.vae),
@@ -59,7 +59,7 @@ PARTS = dict(                                    # what a cache may depend on
 
 def teacher_id(teacher:Teacher, # any teacher
                parts,           # names out of `PARTS`
-              )->dict:          # part: what it is here
+              )->dict:          # {part: its identity}
     "Identify the parts of a teacher"
     return {p: PARTS[p](teacher) for p in parts}
 
@@ -78,13 +78,13 @@ def data_id(source, # prompts, or a source with a `fingerprint`
 # %% ../../nbs/42_cache_recipes.ipynb #ca0e98fd
 def source_about(source, # clips, prompts or a cache
                 )->dict:
-    "Describe data for a cache; `clips` stays as it is when a video is replaced"
+    "Describe data for a cache; `clips` stays the same when a video is replaced"
     listing = dict(clips=source.listing()) if hasattr(source, "listing") else {}
     return dict(data=data_id(source), **listing)
 
 # %% ../../nbs/42_cache_recipes.ipynb #b4e6a04d
 def prompts_of(source,      # prompts, or a source that lists its captions
-               n:int|None=0, # or else so many captions of the source are looked at
+               n:int|None=0, # otherwise, number of captions of the source to read
                batch:int=8, # in batches of this size
               )->list:      # `list[str]`
     "List all prompts of a source"
@@ -102,7 +102,7 @@ class Texts:
     "Recipe of text embeddings: each prompt once, the null prompt first"
     parts = ("text", "tokens")
     def __init__(self,
-                 prompts:list, # captions, in any order
+                 prompts:list, # captions in any order
                 ):
         self.prompts = list(dict.fromkeys(["", *prompts]))
 
@@ -119,7 +119,7 @@ def _checked(x, want, what):
                     f"are {list(want)}: give both the same frames and size")
 
 def _latents(teacher, source, x):
-    "Encode what a source gave; a cache of latents gives latents already"
+    "Encode clips; pass on latents of a cache"
     if source.kind == "latents": return _checked(x, teacher.latent_shape, "latents")
     return teacher.encode(_checked(x, teacher.video_shape, "clips"))
 
@@ -132,7 +132,7 @@ def _batch(source, step, size, kinds):
 # %% ../../nbs/42_cache_recipes.ipynb #713b582d
 @dataclass(frozen=True)
 class Latents:
-    "Recipe of latents: clips go through the VAE"
+    "Recipe of latents: clips encoded by the VAE"
     source:Any    # of clips
     parts = ("vae", "scale", "frames", "size", "fps")
 
@@ -148,7 +148,7 @@ class Latents:
 class Samples:
     "Recipe of latents that the teacher samples from prompts alone"
     source:Any     # of prompts
-    w:float = 7.5  # guidance scale; 0 is none
+    w:float = 7.5  # guidance scale; 0: none
     steps:int = 50 # DDIM steps
     seed:int = 0   # of the starting noise
     parts = tuple(PARTS)
@@ -176,7 +176,7 @@ class Pairs:
     source:Any          # of clips, or an open cache of latents
     k:int = 20          # solver skip, in timesteps
     seed:int = 0        # of noise and grid points, see `dice`
-    texts:Any = None    # an open cache of texts; without one the text encoder runs
+    texts:Any = None    # an open cache of texts; by default the text encoder runs
     parts = tuple(PARTS)
 
     def ddim(self, teacher):
@@ -201,7 +201,7 @@ RECIPES:dict = dict(text=Texts, latents=Latents, samples=Samples, pairs=Pairs)
 
 # %% ../../nbs/42_cache_recipes.ipynb #bfba2ffa
 def _store(name, x, dtype, step):
-    "Convert a tensor to the precision of the file; raise if it does not fit"
+    "Convert a tensor to the precision of the file; raise if a value does not fit"
     y = x.to(dtype) if x.is_floating_point() else x
     if y.isfinite().all(): return y.cpu()
     mend = ("store bfloat16 or float32" if x.isfinite().all() else
@@ -212,9 +212,9 @@ def _store(name, x, dtype, step):
 @torch.no_grad()
 def make_batch(recipe,          # one of `RECIPES`
                teacher:Teacher, # whose networks run
-               step:int,        # which batch
-               size:int,        # samples in it
-               dtype=torch.float16, # of what is stored
+               step:int,        # number of the batch
+               size:int,        # samples in the batch
+               dtype=torch.float16, # of the stored tensors
                at_once:int=0,   # samples the networks see together; 0: all
               )->tuple[dict, list]: # tensors (b, ...) by name, captions
     "Compute one batch of a cache"

@@ -35,7 +35,7 @@ class Prompts(Dealt):
     "Source of prompts without clips, deterministic in (seed, step)"
     kind = "prompts"
     def __init__(self,
-                 path, # .txt with a prompt a line, a table with a column of prompts, or a list
+                 path, # .txt with one prompt per line, a table with a column of prompts, or a list
                  seed:int=0, # seed of the order
                 ):
         super().__init__(seed)
@@ -48,14 +48,14 @@ class Prompts(Dealt):
     def __len__(self): return len(self.prompts)
 
     def batch(self,
-              step:int, # which batch
-              size:int, # prompts in it: b
-              rows:slice=slice(None), # which of them to give
+              step:int, # number of the batch
+              size:int, # prompts in the batch: b
+              rows:slice=slice(None), # rows to return
              )->tuple[None, list[str]]: # no clips, b prompts
         "Deal the prompts of one step"
         return None, [self.prompts[i] for _, i in self.picks(step, size, rows)]
 
-    def fingerprint(self)->str: # tells one set of data from another
+    def fingerprint(self)->str: # identifies the data
         "Hash the prompts"
         return hashlib.sha256("\n".join(self.prompts).encode()).hexdigest()[:16]
 
@@ -87,13 +87,13 @@ def _source_of(data)->Any:
 def open_source(data, # "" for the tiny world; folder, tars, table or text file
                 frames:int=8, # t
                 size:tuple[int, int]=(32, 32), # (h w) in pixels
-                fps:float=8, # frames a second
-                seed:int=0, # seed of all that is random in it
-                missing:str="error", # files that a table or a pattern names: "error", or "skip"
-                mix:int=0, # tars that are shuffled together; 0 is all
+                fps:float=8, # frames per second
+                seed:int=0, # seed of everything random in the source
+                missing:str="error", # missing files of a table or a pattern: "error" or "skip"
+                mix:int=0, # tars that are shuffled together; 0: all
                 **options, # of the source, such as `cache` or `check`
                ): # a source: `batch(step, size, rows)`, `kind`, `fingerprint()`
-    "Open the source for whatever data there are"
+    "Open the source that reads `data`"
     check_missing(missing)
     kind = _source_of(data) if data else World
     if kind is World and size[0] != size[1]: raise UserError(
@@ -116,7 +116,7 @@ class Prefetch:
                  size:int, # clips in a batch, over all processes
                  rows:slice=slice(None), # those of this process
                  start:int=0, # first step
-                 stop:int|None=None, # the step behind the last; none by default
+                 stop:int|None=None, # the step after the last; none by default
                  ahead:int=2, # batches that may wait
                  workers:int=2, # threads
                 ):
@@ -127,7 +127,7 @@ class Prefetch:
         self._jobs, self._pool = deque(), ThreadPoolExecutor(workers, "t2v-data")
 
     def _fill(self):
-        "Start reading, until `ahead` batches are under way"
+        "Start reads until `ahead` batches are under way"
         while len(self._jobs) < self.ahead and self.next < self.stop:
             job = self._pool.submit(self.source.batch, self.next, self.size, self.rows)
             self._jobs.append((self.next, job)); self.next += 1
@@ -137,7 +137,7 @@ class Prefetch:
     def __exit__(self, *_): self.close()
 
     def close(self):
-        "Stop: drop what has not begun, wait for what has"
+        "Stop: cancel pending reads, wait for running ones"
         self.stop = 0
         self._jobs.clear()
         self._pool.shutdown(cancel_futures=True)
@@ -145,7 +145,7 @@ class Prefetch:
 # %% ../../nbs/41_sources.ipynb #a68673b5
 @patch
 def __next__(self:Prefetch): # step, clips (b 3 t h w) or None, b captions
-    "Give the next batch; the threads begin another one"
+    "Return the next batch, and let the threads begin another"
     self._fill()
     if not self._jobs: raise StopIteration
     step, job = self._jobs.popleft()
