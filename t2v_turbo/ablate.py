@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from .checkpoints import Stopped, claim
 from .config import changed, check_rewards
 from .distill import Objective
-from .files import UserError, at_least, atomic, write_json
+from .files import UserError, at_least, atomic, typed, write_json
 from .train import Config, Trainer
 from .watch import Watcher, WatchOptions, keep_best, look_prompts, watch
 
@@ -43,6 +43,7 @@ class AblateOptions:
     jobs:int = 0              # cells at a time; 0: one a GPU, or else one a CPU core
 
     def __post_init__(self):
+        typed(self)
         for name in ("seeds", "sample_steps"):
             given = getattr(self, name).split(",")
             if not all(v.isdecimal() for v in given):

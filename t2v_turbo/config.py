@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 from .core import pick_dtype
 from .distill import Objective
-from .files import UserError, at_least
+from .files import UserError, at_least, typed
 from .memory import savings_of
 from .optimizer import OPTIMIZERS
 from .rewards.names import missing_rewards, named_frames
@@ -61,7 +61,7 @@ class Config:
 
     left = ()                  # names of settings filled in by the teacher; not an option
 
-    def __post_init__(self): _fill_config(self); _check_config(self)
+    def __post_init__(self): typed(self); _fill_config(self); _check_config(self)
 
 # %% ../nbs/52_config.ipynb #f93e2f83
 def objective_of(teacher:str="tiny", # as in `Config`

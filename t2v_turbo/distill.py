@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .consistency import cd_loss
-from .files import UserError, at_least
+from .files import UserError, at_least, typed
 from .rewards.base import (CLOCK, SHAPES_OF_J, agreed_frames, frames_wanted, objective,
                                     per_frame, random_frames, strided_frames, window_start)
 from .solver import DDIM, TeacherAnswer, guided_step
@@ -40,6 +40,7 @@ class Objective:
     window:int = 0             # frames of the clip they lie within; 0: the teacher's choice
 
     def __post_init__(self):
+        typed(self)
         at_least(vars(self), beta_img=0, beta_vid=0, image_frames=1, video_frames=0, window=0)
         if self.k < 1 or 1000 % self.k: raise UserError(f"k {self.k} does not divide 1000")
         if not 0 <= self.w_min <= self.w_max < math.inf:

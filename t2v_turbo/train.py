@@ -61,6 +61,7 @@ class Trainer:
                 ):
         check_rewards(cfg, image_reward, video_reward)   # raise before anything is loaded
         self.cfg, self.step, self.skipped, self.in_a_row = cfg, 0, 0, 0
+        self.before = []                    # clips left out before this process began
         self.torn = False                   # weights and step number do not match
         self.asked, self.agreed = [], False # signals; whether all processes have seen one
         self.engine = choose_engine(cfg.out, cfg.track, cfg.optimizer)
@@ -69,7 +70,6 @@ class Trainer:
         teacher = self._teacher()
         with self.together(): self.source = self._source(teacher)
         self.identity = dict(teacher=teacher_identity(teacher))
-        self.before = []                               # clips left out so far
         self.contexts = self._contexts(teacher)
         self.student = Student(teacher, cfg.rank, cfg.seed)
         self.student.sampling = sampling_of(cfg.objective, teacher)

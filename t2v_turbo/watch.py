@@ -28,14 +28,14 @@ from .checkpoints import CannotSave
 from .core import step_gen, strip
 from .data.tables import read_prompts
 from .distill import video_frames_of
-from .files import UserError, at_least, atomic
+from .files import UserError, at_least, atomic, typed
 from .judges import (high_frequency, judge, judge_score, load_judges, motion_amount,
                               saturation)
 from .pipeline import sample_student
 from .rewards.base import per_frame
 from .rewards.names import FACTS, options_of, parse_reward, reward_named
 from .rewards.tiny import load_reward
-from .saved import load_student, save_student, student_tensors
+from .saved import load_student, read_student, save_student, student_tensors
 from .student import Student
 from .teachers.tiny import WEIGHTS
 from .train import Config, Trainer
@@ -56,6 +56,7 @@ class WatchOptions:
     patience:int = 4         # looks averaged on either side of the fall
 
     def __post_init__(self):
+        typed(self)
         at_least(vars(self), eval_every=0, clips_each=1, patience=1)
         if not (self.student_w == -1 or 0 <= self.student_w < math.inf):
             raise UserError(f"student_w is {self.student_w}: give 0 or more, or -1 for the "
@@ -77,6 +78,8 @@ def look_every(cfg:Config,     # of the training
     if o.held_out and not every:
         give = "prompts, a file of captions" if o.eval_every else "eval_every, steps between looks"
         raise UserError(f"held_out {o.held_out!r} would never be asked: give {give}, as well")
+    if o.held_out: parse_reward(o.held_out)        # both are refused before anything is made
+    if o.reference: read_student(o.reference)
     return every
 
 # %% ../nbs/59_watch.ipynb #ebd85103

@@ -232,3 +232,13 @@ def test_every_setting_of_a_training_is_an_option():
     lib = "".join(p.read_text() for p in Path(t2v_turbo.__file__).parent.rglob("*.py"))
     for cls in (Config, running.DistillOptions, SampleOptions, GenerateOptions, CacheOptions, PlanOptions):
         for f in fields(cls): assert re.search(rf"\b(cfg|self|c|o|extra|self\.cfg)\.{f.name}\b", lib), f"nothing reads {f.name}"
+
+
+@pytest.mark.parametrize("make, given, sentence", [
+    ("train:Config", dict(steps="3"), "steps is '3': give a whole number"), ("train:Config", dict(compile="no"), "compile is 'no': give a whole number"),
+    ("train:Config", dict(lr="fast"), "lr is 'fast': give a number"), ("distill:Objective", dict(beta_img="1"), "beta_img is '1': give a number"),
+    ("watch:WatchOptions", dict(patience=1.5), "patience is 1.5: give a whole number")])
+def test_a_setting_of_another_type_is_one_sentence(make, given, sentence):
+    import importlib
+    module, name = make.split(":")
+    with pytest.raises(UserError, match=re.escape(sentence)): getattr(importlib.import_module(f"t2v_turbo.{module}"), name)(**given)

@@ -266,3 +266,10 @@ def test_the_rewards_of_a_plain_run_are_where_the_clips_are(trainer, monkeypatch
     watcher.trainer, watcher.o, watcher.judges = trainer, WatchOptions(held_out="tiny-video"), None
     found = watcher._trained(True) | watcher._held_out()
     for n in ("r_vid", "held_out"): assert {p.device.type for p in found[n][0].parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("given, sentence", [(["--held_out", "foo"], "foo"), (["--reference", "nowhere"], "no student in 'nowhere'")])
+def test_what_a_look_cannot_use_is_refused_before_the_run_has_a_folder(given, sentence, tmp_path, capsys):
+    from t2v_turbo.cli import main
+    assert main(["distill", "--steps", "2", "--out", str(tmp_path / "run"), "--track", "", *given]) == 2
+    assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
