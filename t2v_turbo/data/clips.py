@@ -34,7 +34,7 @@ def reasons(skipped:list, # pairs (name, why)
 
 # %% ../../nbs/38_clips.ipynb #90850beb
 class Clips(Dealt):
-    "Base of all sources of video files: rows, stand-ins, and what was skipped"
+    "Base of all sources of video files: rows, stand-ins, and skipped clips"
     if TYPE_CHECKING: # defined below, the last two by each source
         def skip(self, name, why): ...
         def batch(self, step:int, size:int,
@@ -66,7 +66,7 @@ def skip(self:Clips, name, why):
 
 @patch
 def left_out(self:Clips, where):
-    "Warn about what was skipped; raise if nothing is left"
+    "Warn about skipped clips; raise if nothing is left"
     n, why = len(self.skipped), reasons(self.skipped)
     if not len(self): raise UserError(f"None of the {n} videos in {where} can be used. {why}")
     if n: warnings.warn(f"{n} of {n + len(self)} videos in {where} are left out. {why}")
