@@ -22,11 +22,11 @@ from .teachers.base import Teacher
 PARTS = (ResnetBlock2D, TemporalConvLayer, Transformer2DModel, TransformerTemporalModel)
 
 def _rerun(f, *args, **kwargs):
-    "Call `f` now and once more in backward; nothing here draws random numbers, except dropout"
+    "Call `f` now and again in backward; only dropout draws random numbers here"
     return checkpoint(f, *args, use_reentrant=False, **kwargs)
 
 class _Again:
-    "A part that is recomputed in backward; without gradients it is the part itself"
+    "A part that is recomputed in backward; unchanged without gradients"
     def forward(self, *args, **kwargs):
         if not (self.again and torch.is_grad_enabled()): return super().forward(*args, **kwargs)
         return _rerun(super().forward, *args, preserve_rng_state=self.training, **kwargs)
@@ -41,7 +41,7 @@ def _become(module, mixin, **switch):
 
 # %% ../nbs/47_memory.ipynb #cb3b148d
 class _Pieces:
-    "A frame-wise decoder that takes a few frames at a time, each piece again in backward"
+    "A frame-wise decoder that decodes a few frames at a time, and each piece again in backward"
     def forward(self, sample, *args):
         n = self.pieces
         if not (n and torch.is_grad_enabled()): return super().forward(sample, *args)
@@ -49,7 +49,7 @@ class _Pieces:
                           for x in sample.split(n)])
 
 class _Causal:
-    "Wan's decoder of one latent frame, run again in backward; the cache goes in and comes out"
+    "Wan's decoder of one latent frame, rerun in backward; the cache goes in and comes out"
     def forward(self, x, feat_cache=None, feat_idx=[0], first_chunk=False):
         step = super().forward
         if feat_cache is None or not (self.pieces and torch.is_grad_enabled()):
@@ -61,10 +61,10 @@ class _Causal:
         return y
 
 # %% ../nbs/47_memory.ipynb #a84b6a62
-SAVINGS = ("denoiser", "decode", "rewards")   # what a training step may run again in backward
+SAVINGS = ("denoiser", "decode", "rewards")   # parts of a training step that backward can rerun
 
-def savings_of(text:str, # some of `SAVINGS` with commas between, `all`, or nothing
-              )->tuple:  # of names
+def savings_of(text:str, # some of `SAVINGS`, separated by commas, `all`, or empty
+              )->tuple:  # names
     "Return the parts of a step that keep little for backward"
     names = SAVINGS if text == "all" else tuple(n.strip() for n in text.split(",") if text)
     if set(names) - {*SAVINGS} or len({*names}) < len(names):
@@ -73,10 +73,10 @@ def savings_of(text:str, # some of `SAVINGS` with commas between, `all`, or noth
     return names
 
 def save_memory(teacher:Teacher,     # changed in place, also below a student
-                denoiser:bool=True,  # run its parts again in backward
-                decode:int=1,        # frames decoded at once, each piece again in backward; 0: all
+                denoiser:bool=True,  # rerun its parts in backward
+                decode:int=1,        # frames decoded at once, rerun in backward; 0: all
                )->Teacher:           # the same teacher
-    "Keep little for backward: the same outputs and the same gradients, for one more forward"
+    "Keep little for backward: same outputs and gradients, for one more forward pass"
     if decode < 0: raise UserError(f"decode is {decode}: give 1 or more frames, or 0 for all")
     net, vae = teacher.denoiser, teacher.vae
     if net._supports_gradient_checkpointing:

@@ -19,17 +19,17 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 # %% ../nbs/46_meter.ipynb #637235f0
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_FLOPS = {**flop_registry,                            # PyTorch's own, and what it leaves out
+_FLOPS = {**flop_registry,                            # PyTorch's own, and two that it lacks
           _flash: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
           _flash_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
               g.shape, q.shape, k.shape, v.shape)}
 
 # %% ../nbs/46_meter.ipynb #c1d28205
 class Meter(TorchDispatchMode):
-    "Count operations, and the bytes of all live tensors that were made on one kind of device"
+    "Count operations, and the bytes of all live tensors on one kind of device"
     def __init__(self,
-                 device:str="cpu", # kind of device to watch; `meta` has no memory
-                 known=(),         # tensors that exist already, not counted
+                 device:str="cpu", # kind of device to meter; `meta` has no memory
+                 known=(),         # existing tensors, not counted
                 ):
         super().__init__()
         self.device, self.phases, self._refs = device, {}, {}
@@ -60,7 +60,7 @@ class Meter(TorchDispatchMode):
     def phase(self,
               name:str, # a key of `phases`
              ):
-        "Note what this part of a run leaves behind, its highest point, and its operations"
+        "Record the bytes that this part of a run leaves, its peak, and its operations"
         start, high, flops, self.peak = self.live, self.peak, self.flops, self.live
         try: yield
         finally:
@@ -70,7 +70,7 @@ class Meter(TorchDispatchMode):
 
 # %% ../nbs/46_meter.ipynb #780f2dba
 def peak_gb()->float: # GiB
-    "Return the peak memory of this process: the GPU's allocator, or else the kernel's count"
+    "Return the peak memory of this process, from the GPU's allocator or else the kernel"
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated() / 2**30
     import resource
     unit = 2**30 if sys.platform == "darwin" else 2**20         # bytes there, KiB elsewhere

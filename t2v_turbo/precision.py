@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 # %% ../nbs/50_precision.ipynb #fe54293e
-START = 2.**12    # leaves room above for rewards, whose gradient of one score is about 1
+START = 2.**12    # leaves headroom for rewards, whose gradient of one score is about 1
 TOP = 2.**24      # float32 still holds the scaled loss
 GROWTH = 200      # steps without overflow after which the scale doubles
 
 def asked_precision()->str: # no, bf16 or fp16
-    "The precision of a step that `accelerate launch --mixed_precision` was given"
+    "Return the precision set by `accelerate launch --mixed_precision`"
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
 
 class Precision:
     "Autocast of a step, and the scale of its gradient"
-    if TYPE_CHECKING: # written below
+    if TYPE_CHECKING: # defined below
         def unscale(self, params)->None: ...
         def note(self, norm:float, skip:bool=False)->bool: ...
         def state(self)->dict|None: ...
@@ -35,7 +35,7 @@ class Precision:
 
     def __init__(self,
                  model:nn.Module, # the whole step, with its rewards
-                 params=(),       # what trains, float32; none if it is sharded: call `unscale` then
+                 params=(),       # trained weights, float32; empty if sharded: then call `unscale`
                  asked:str="no",  # precision of the step: no, bf16 or fp16
                 ):
         self.asked, self.inside = asked, False
@@ -62,9 +62,9 @@ class Precision:
 # %% ../nbs/50_precision.ipynb #bcefee0f
 @patch
 def unscale(self:Precision,
-             params, # what trains
+             params, # trained weights
             )->None:
-    "Divide the gradients of sharded weights, which no hook has divided"
+    "Divide the gradients of sharded weights, which have no hooks"
     for p in params if self.scaled else ():
         if p.grad is not None: p.grad.div_(self.scale)
 
@@ -72,7 +72,7 @@ def unscale(self:Precision,
 @patch
 def note(self:Precision,
           norm:float,     # of the gradient
-          skip:bool=False, # the step is left out for another reason
+          skip:bool=False, # the step is skipped for another reason
          )->bool:         # whether the gradient overflowed because of the scale
     "Adapt the scale to the gradient of a step"
     if not self.scaled or skip: return False
@@ -85,13 +85,13 @@ def note(self:Precision,
 
 # %% ../nbs/50_precision.ipynb #e86ddb52
 @patch
-def state(self:Precision)->dict|None: # `None` where nothing is scaled
-    "What a checkpoint keeps"
+def state(self:Precision)->dict|None: # `None` if nothing is scaled
+    "Return the state for a checkpoint"
     return dict(scale=self.scale, calm=self.calm) if self.scaled else None
 
 @patch
 def load(self:Precision,
-          state:dict|None, # what `state` gave; older checkpoints have none
+          state:dict|None, # returned by `state`; older checkpoints have none
          )->None:
     "Restore `state`"
     if self.scaled and state: self.scale, self.calm = state["scale"], state["calm"]
@@ -99,8 +99,8 @@ def load(self:Precision,
 # %% ../nbs/50_precision.ipynb #bf9db7af
 @patch
 def autocast(self:Precision,
-              acc, # `Accelerator`, which knows its own precisions
+              acc, # `Accelerator`, with its own precisions
              )->ContextManager:
-    "The autocast of a step, without a cache of cast weights"
+    "Return the autocast of a step, without a cache of cast weights"
     if self.asked != "fp16": return acc.autocast()
     return torch.autocast(acc.device.type, torch.float16, cache_enabled=False)

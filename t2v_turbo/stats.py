@@ -18,10 +18,10 @@ from .files import UserError
 # %% ../nbs/55_stats.ipynb #c03ebb47
 def redraw(sizes,              # number of units in each group, `list[int]`
            statistic:Callable, # one index array `(d n)` a group, to values `(.. d)`
-           draws:int=1000,     # how often all groups are drawn again
+           draws:int=1000,     # number of redraws of all groups
            seed:int=0,         # of the draws
           )->np.ndarray:       # `(.. draws)`
-    "Compute a statistic on groups whose units are drawn again with replacement"
+    "Compute a statistic on groups whose units are redrawn with replacement"
     rng, parts = np.random.default_rng(seed), []
     for start in range(0, draws, 500):                    # a few at a time, to save memory
         d = min(500, draws - start)
@@ -30,51 +30,51 @@ def redraw(sizes,              # number of units in each group, `list[int]`
 
 def interval(values:np.ndarray, # draws of a statistic `(.. draws)`
             )->np.ndarray:      # `(2 ..)`: 2.5% and 97.5% quantile
-    "The 95% interval of a redrawn statistic"
+    "Return the 95% interval of a redrawn statistic"
     return np.quantile(values, [.025, .975], axis=-1)
 
 # %% ../nbs/55_stats.ipynb #59ceaa80
 def bootstrap(scores,         # one mean score per prompt `(p,)`
-              draws:int=1000, # how often the prompts are drawn again
+              draws:int=1000, # number of redraws of the prompts
               seed:int=0,     # of the draws
              )->np.ndarray:   # means of the draws `(draws,)`
-    "Means over prompts that were drawn with replacement"
+    "Compute means over prompts that are redrawn with replacement"
     scores = np.asarray(scores, dtype=float)
     return redraw([len(scores)], lambda at: scores[at].mean(1), draws, seed)
 
 def half_width(means, # from `bootstrap`
               )->float: # half of the 95% interval
-    "Half the distance between the 2.5% and the 97.5% quantile"
+    "Return half the distance between the 2.5% and the 97.5% quantile"
     low, high = interval(means)
     return float(high - low) / 2
 
 # %% ../nbs/55_stats.ipynb #867fe1c8
 def wilson(k:int, # successes
-           n:int, # of so many
+           n:int, # number of trials
           )->tuple|None: # `(low, high)`; `None` if `n` is 0
-    "Wilson's 95% interval of a share"
+    "Compute Wilson's 95% interval of a share"
     if not n: return None
     ci = stats.binomtest(k, n).proportion_ci(method="wilson")
     return float(ci.low), float(ci.high)
 
 def share_interval(won:np.ndarray, # successes of each prompt `(p,)`
-                   n:np.ndarray,   # of so many `(p,)`
-                   draws:int=2000, # how often the prompts are drawn again
+                   n:np.ndarray,   # trials of each prompt `(p,)`
+                   draws:int=2000, # number of redraws of the prompts
                    seed:int=0,     # of the draws
                   )->tuple|None:   # `(low, high)`; `None` with fewer than two prompts
-    "95% interval of sum(won) / sum(n) over prompts; prompts without a vote are left out"
+    "Bootstrap the 95% interval of sum(won) / sum(n) over prompts that have votes"
     won, n = won[n > 0], n[n > 0]
     if len(n) < 2: return None
     low, high = interval(redraw([len(n)], lambda at: won[at].sum(1) / n[at].sum(1), draws, seed))
     return float(low), float(high)
 
 # %% ../nbs/55_stats.ipynb #37bcdbd5
-def prompts_needed(d:float,        # difference to be seen; for win rates the distance from 0.5
+def prompts_needed(d:float,        # difference to detect; for win rates the distance from 0.5
                    sd:float=.5,    # standard deviation over prompts; a vote has 0.5 at most
-                   power:float=.8, # chance to see it
-                   alpha:float=.05, # chance to see a difference where there is none
+                   power:float=.8, # probability of detecting it
+                   alpha:float=.05, # probability of a false detection
                   )->int:          # prompts
-    "How many prompts a two-sided paired t-test needs"
+    "Compute the number of prompts that a two-sided paired t-test needs"
     if not (d and sd > 0 and 0 < alpha < power < 1): raise UserError(
         f"d {d}, sd {sd}, alpha {alpha}, power {power}: give d other than 0, sd above 0 and "
         "0 < alpha < power < 1")
@@ -89,9 +89,9 @@ def prompts_needed(d:float,        # difference to be seen; for win rates the di
     return high
 
 # %% ../nbs/55_stats.ipynb #9523273c
-def krippendorff(counts:list, # how often each value was given to a unit `(units values)`
+def krippendorff(counts:list, # number of times each value was given to each unit `(units values)`
                 )->float|None: # in (-1, 1]; `None` without two raters of a unit
-    "Krippendorff's alpha of nominal values"
+    "Compute Krippendorff's alpha of nominal values"
     c = np.array([u for u in counts if sum(u) > 1], dtype=float)
     if not c.size: return None
     n, total = c.sum(1), c.sum()
@@ -100,11 +100,11 @@ def krippendorff(counts:list, # how often each value was given to a unit `(units
     return float(1 - observed / chance) if chance else 1.
 
 # %% ../nbs/55_stats.ipynb #306a07c2
-def paired(a, # numbers of one recipe, one a training seed `(n,)`
+def paired(a, # numbers of one recipe, one per training seed `(n,)`
            b, # of another, the same seeds in the same order `(n,)`
            prompts:float=0., # half of the 95% interval over prompts, see `over_prompts`
           )->tuple: # mean of a - b, and the ends of its 95% interval
-    "The mean difference over seeds; its interval is infinite for a single seed"
+    "Return the mean difference over seeds; for a single seed, its interval is infinite"
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     if len(d) < 2: return float(d.mean()), -np.inf, np.inf
     half = stats.t.ppf(.975, len(d) - 1) * d.std(ddof=1) / len(d)**.5
@@ -113,14 +113,14 @@ def paired(a, # numbers of one recipe, one a training seed `(n,)`
 
 def over_prompts(a:list, # rows of `evaluate`
                  b:list, # of another recipe
-                )->float: # at most so wide if both were judged on the same prompts
-    "Half of the 95% interval over prompts of a difference of two recipes"
+                )->float: # an upper bound if both were judged on the same prompts
+    "Return half of the 95% interval over prompts of the difference of two recipes"
     return statistics.fmean(r["ci95"]**2 + q["ci95"]**2 for r, q in zip(a, b))**.5
 
-def verdict(mean:float, # from `paired`, of a difference that is claimed to be above zero
+def verdict(mean:float, # from `paired`, of a difference claimed to be above zero
             low:float,  # lower end of its 95% interval
             high:float, # upper end
            )->str: # agrees, disagrees or not told apart
-    "What a 95% interval says about a claim; one without width says nothing"
+    "Judge a claim by a 95% interval; an interval without width shows nothing"
     if high - low < 1e-9: return "not told apart"
     return "agrees" if low > 0 else "disagrees" if high < 0 else "not told apart"

@@ -15,22 +15,22 @@ from markupsafe import Markup
 # %% ../nbs/56_templates.ipynb #46238326
 @cache
 def _templates():
-    "The templates of the package"
+    "Load the templates of the package"
     loader = PackageLoader("t2v_turbo", "page")
     env = Environment(loader=loader, autoescape=True, undefined=StrictUndefined,
                       trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     env.globals["source"] = lambda name: Markup(loader.get_source(env, name)[0])
-    env.policies["json.dumps_kwargs"] = {}                  # keys stay in their order
+    env.policies["json.dumps_kwargs"] = {}                  # keep the order of keys
     return env
 
 def pieces(name:str,  # file in `t2v_turbo/page`
-           **values,  # its blanks; text is escaped
+           **values,  # values of its blanks; text is escaped
           )->Iterator: # pieces of the page, `str`
     "Fill in a page piece by piece, for pages that are too large for one string"
     return _templates().get_template(name).generate(values)
 
 def fill(name:str,  # file in `t2v_turbo/page`
-         **values,  # its blanks; text is escaped
+         **values,  # values of its blanks; text is escaped
         )->str:
     "Fill in a page"
     return "".join(pieces(name, **values))

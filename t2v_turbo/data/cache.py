@@ -30,13 +30,13 @@ MEND = "build the same cache into this folder again, which makes only what is mi
 
 class Cache(Dealt):
     "A complete cache, for reading"
-    if TYPE_CHECKING: # written below
+    if TYPE_CHECKING: # defined below
         def read(self, ids)->dict: ...
         def check(self, teacher:Teacher|None=None, **settings)->None: ...
 
     def __init__(self,
                  folder,            # of the cache
-                 reorder:int=0,     # seed of the order of the second visit and later ones
+                 reorder:int=0,     # seed of the order from the second visit on
                  verify:bool=False, # compare the checksum of every shard
                 ):
         super().__init__(reorder)
@@ -48,11 +48,11 @@ class Cache(Dealt):
     def __len__(self): return self.about["samples"]
 
     def order(self, epoch):
-        "Give the order of building at first, which is that of the source"
+        "Return the order of an epoch; the first is the order of building, as in the source"
         return order(len(self), self.seed, epoch) if epoch else torch.arange(len(self))
 
-    def fingerprint(self)->str: # tells one set of data from another
-        "Give the key, and how many samples there are"
+    def fingerprint(self)->str: # identifies the data
+        "Return the key and the number of samples"
         return f"{len(self)} {self.about['kind']} {self.key}"
 
     def __repr__(self): return f"{type(self).__name__}({str(self.folder)!r}, {len(self)} samples)"
@@ -67,7 +67,7 @@ class Cache(Dealt):
 # %% ../../nbs/44_cache.ipynb #23e0cab4
 @patch
 def _manifest(self:Cache):
-    "Read the captions of the manifest, if it is of this cache and the shards have their sizes"
+    "Read the captions of the manifest, if its key and the sizes of the shards match"
     path = self.folder/"manifest.json"
     try: found = parse_json(path.read_text()) or {}
     except (OSError, ValueError): return None
@@ -81,7 +81,7 @@ def _manifest(self:Cache):
 
 @patch
 def _captions(self:Cache, verify):
-    "Read all captions, from the manifest or else the shards; raise if one is damaged"
+    "Read all captions from the manifest, or from the shards; raise if a shard is damaged"
     captions = self._manifest()
     if captions is not None and not verify: return captions
     if faults := list_faults(self.folder, self.about, verify): self._refuse(faults)
@@ -91,7 +91,7 @@ def _captions(self:Cache, verify):
 # %% ../../nbs/44_cache.ipynb #b1ff77a1
 @patch
 def _rows(self:Cache, s, ids):
-    "Read samples of one shard and compare each with its sum: `{id: tensors (1, ...) by name}`"
+    "Read samples of a shard and check their sums: `{id: tensors (1, ...) by name}`"
     path = shard_path(self.folder, s)
     if why := shard_fault(self.folder, s, self.key, self.shard_rows[s]): self._refuse({s: why})
     sums = read_head(path).get("rows", {})
@@ -106,8 +106,8 @@ def _rows(self:Cache, s, ids):
 @patch
 def read(self:Cache,
          ids,      # numbers of samples, in any order
-        )->dict:   # tensors (n, ...) by name; numbers that are not whole as float32
-    "Read some samples, each on its own"
+        )->dict:   # tensors (n, ...) by name; floating-point numbers as float32
+    "Read some samples, each separately"
     ids, got = [int(i) for i in ids], {}
     for s in sorted({i//self.per for i in ids}):
         got |= self._rows(s, {i for i in ids if i//self.per == s})
@@ -117,10 +117,10 @@ def read(self:Cache,
 # %% ../../nbs/44_cache.ipynb #c732145f
 @patch
 def check(self:Cache,
-          teacher:Teacher|None=None, # that is to use it
-          **settings,           # that it must have, such as `k=20`; `data` may be a source
+          teacher:Teacher|None=None, # that will use the cache
+          **settings,           # required settings, such as `k=20`; `data` may be a source
          )->None:
-    "Raise `UserError` at a cache of another teacher or other settings"
+    "Raise `UserError` if the cache has another teacher or other settings"
     want = teacher_id(teacher, [p for p in PARTS if p in self.about]) if teacher else {}
     if "data" in settings and not isinstance(settings["data"], str):
         resume_source(self.folder, settings["data"])
@@ -137,7 +137,7 @@ class TextCache(Cache):
     def __call__(self,
                  prompts:list, # `list[str]`; the null prompt is `""`
                 )->Tensor:     # context (b n d) float32
-        "Read embeddings out of the cache"
+        "Read embeddings from the cache"
         for p in prompts:
             if p not in self.where: raise UserError(f"the prompt {p!r} is not in the text cache "
                                                     f"{str(self.folder)!r}: build one with it")
@@ -147,37 +147,37 @@ class TextCache(Cache):
 
 # %% ../../nbs/44_cache.ipynb #00ad7f97
 class LatentCache(Cache):
-    "Cache that is a source of latents"
+    "Cache as a source of latents"
     kind = "latents"
     def batch(self,
-              step:int, # which batch
-              size:int, # samples in it: b
-              rows:slice=slice(None), # which of them to read
+              step:int, # number of the batch
+              size:int, # samples in the batch: b
+              rows:slice=slice(None), # rows to read
              )->tuple[Tensor, list]: # latents (b c t h w) float32, captions
         "Read the latents and captions of one step"
         ids = [i for _, i in self.picks(step, size, rows)]
         return self.read(ids)["z0"], [self.captions[i] for i in ids]
 
 class PairCache(Cache):
-    "Cache that is a source of the teacher's answers"
+    "Cache as a source of the teacher's answers"
     kind = "pairs"
     def batch(self,
-              step:int, # which batch
-              size:int, # samples in it: b
-              rows:slice=slice(None), # which of them to read
+              step:int, # number of the batch
+              size:int, # samples in the batch: b
+              rows:slice=slice(None), # rows to read
              )->tuple[TeacherAnswer, list]: # answers, captions
         "Read the answers and captions of one step"
         ids = [i for _, i in self.picks(step, size, rows)]
         return TeacherAnswer(**self.read(ids)), [self.captions[i] for i in ids]
 
 # %% ../../nbs/44_cache.ipynb #3fa60747
-def open_cache(folder,               # that `build_cache` wrote
-               teacher:Teacher|None=None, # raise if the cache is of another
-               reorder:int=0,        # seed of the order of the second visit and later ones
+def open_cache(folder,               # of a cache from `build_cache`
+               teacher:Teacher|None=None, # raise if the cache has another
+               reorder:int=0,        # seed of the order from the second visit on
                verify:bool=False,    # compare the checksum of every shard
-               **settings,           # that it must have, see `Cache.check`
+               **settings,           # required settings, see `Cache.check`
               )->Cache:              # a `TextCache`, `LatentCache` or `PairCache`
-    "Open a cache for reading; raise if it is damaged, or of something else"
+    "Open a cache for reading; raise if it is damaged or holds something else"
     kinds = dict(text=TextCache, latents=LatentCache, samples=LatentCache, pairs=PairCache)
     kind = read_about(folder)["kind"]
     if kind not in kinds: raise UserError(f"{str(folder)!r} holds a cache of kind {kind!r}, which "
@@ -188,9 +188,9 @@ def open_cache(folder,               # that `build_cache` wrote
 
 # %% ../../nbs/44_cache.ipynb #528d5d8a
 def open_texts(folder,          # of a cache of texts
-               teacher:Teacher, # raise if the cache is of another
+               teacher:Teacher, # raise if the cache has another
               )->TextCache:
-    "Open a cache of texts; raise if it is of something else"
+    "Open a cache of texts; raise if it holds something else"
     cache = open_cache(folder, teacher)
     if isinstance(cache, TextCache): return cache
     raise UserError(f"{str(folder)!r} is a cache of {cache.kind}, not of texts: give it as --data, "

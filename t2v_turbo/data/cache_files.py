@@ -35,7 +35,7 @@ def _checksum(tensors):
     return h.hexdigest()
 
 def row_sums(x:Tensor, # (n, ...)
-            )->list: # n whole numbers
+            )->list: # n integers
     "Compute the CRC-32 of each row of a tensor"
     return [zlib.crc32(r.contiguous().view(torch.uint8).numpy()) for r in x.split(1)]
 
@@ -43,7 +43,7 @@ def row_sums(x:Tensor, # (n, ...)
 def shard_path(folder, # of the cache
                s:int,  # number of the shard
               )->Path:
-    "Name the file of a shard"
+    "Return the path of a shard"
     return Path(folder)/f"{s:05d}.safetensors"
 
 def write_shard(folder,        # of the cache
@@ -64,7 +64,7 @@ def write_shard(folder,        # of the cache
 
 # %% ../../nbs/43_cache_files.ipynb #cac2c282
 def read_head(path:str|Path, # of a shard
-              verify:bool=False, # compare the checksum as well
+              verify:bool=False, # also compare the checksum
              )->dict:    # key, shard, captions, sha256, sums of the rows
     "Read the header of a shard"
     with safe_open(path, "pt") as f:
@@ -77,10 +77,10 @@ def read_head(path:str|Path, # of a shard
 def shard_fault(folder,   # of the cache
                 s:int,    # number of the shard
                 key:str,  # of the cache
-                rows:int, # samples it should have
-                verify:bool=False, # compare the checksum as well
-               )->str:    # what is wrong; empty if nothing
-    "Find out why a shard cannot be used"
+                rows:int, # expected samples
+                verify:bool=False, # also compare the checksum
+               )->str:    # the fault; empty if none
+    "Describe why a shard cannot be used"
     path = shard_path(folder, s)
     if not path.is_file(): return "is missing"
     try: head = read_head(path, verify)
@@ -96,7 +96,7 @@ DTYPES = dict(float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.floa
 
 def key_of(about:dict, # of a cache
           )->str:      # 16 hex digits
-    "Hash all that the samples of a cache depend on"
+    "Hash everything that the samples of a cache depend on"
     return digest({k: v for k, v in sorted(about.items()) if k not in ("samples", "teacher")})
 
 def shard_rows(about:dict, # of a cache
@@ -113,7 +113,7 @@ def read_about(folder, # of a cache
     if not path.is_file(): raise UserError(f"there is no cache in {str(folder)!r}: give a folder "
                                            "that `build_cache` wrote")
     try: about = parse_json(path.read_text())
-    except ValueError: about = None                               # no text either
+    except ValueError: about = None                               # not a text either
     if about and {"kind", "batch", "shard", "samples", "dtype"} <= about.keys():
         return about
     raise UserError(f"{str(path)!r} is not the index of a cache: build the same cache into this "
@@ -121,21 +121,21 @@ def read_about(folder, # of a cache
 
 # %% ../../nbs/43_cache_files.ipynb #3359275a
 def _same(a, b, exactly):
-    "Compare two values of an index; networks by what they hold"
+    "Compare two values of an index; networks by their values"
     if exactly or not (isinstance(a, dict) and isinstance(b, dict)): return a == b
     return bool(same_teacher(a, b))
 
 def _text(v):
-    "Write a value of an index for an error"
+    "Format a value of an index for an error"
     return " ".join(next(iter(v.items()))) if isinstance(v, dict) else str(v)
 
 # %% ../../nbs/43_cache_files.ipynb #0ee20e16
 def require_same(folder,     # of the cache
                  about:dict, # its index
-                 want:dict,  # what it should be; other entries are not compared
-                 exactly:bool=False, # networks in the same precision, too
+                 want:dict,  # expected values; other entries are not compared
+                 exactly:bool=False, # require the same precision of networks too
                 )->None:
-    "Raise `UserError` if a cache is of something else, with what differs"
+    "Raise `UserError` if a cache holds something else, listing the differences"
     wrong = [f"{k} {_text(about.get(k, 'unknown'))}, not {_text(v)}" for k, v in want.items()
              if not _same(about.get(k), v, exactly)]
     if wrong: raise UserError(f"the {about['kind']} cache {str(folder)!r} was built with "
@@ -144,7 +144,7 @@ def require_same(folder,     # of the cache
 
 # %% ../../nbs/43_cache_files.ipynb #b1763f6e
 def _replaced(old, about):
-    "Test whether nothing differs but the content of the same video files"
+    "Test whether only the content of the same video files differs"
     keys = [k for k in old if k not in ("samples", "teacher", "data")]
     return (old["data"] != about["data"] and "clips" in old
             and old["data"].partition(", ")[2] == about["data"].partition(", ")[2]
@@ -152,15 +152,15 @@ def _replaced(old, about):
 
 # %% ../../nbs/43_cache_files.ipynb #34db53ef
 def claim_folder(folder,     # of a cache to build or to resume
-                 about:dict, # what it is to be
+                 about:dict, # its intended index
                 )->Path:
-    "Write the index of a cache, or require that the index there is the same"
+    "Write the index of a cache, or require that an existing index is the same"
     folder, old = Path(folder), None
     full = folder.exists() and any(not p.name.startswith(".tmp-") for p in folder.iterdir())
-    if (folder/"cache.json").is_file(): old = read_about(folder)  # perhaps another's, of just now
+    if (folder/"cache.json").is_file(): old = read_about(folder)  # perhaps just written by another
     elif full:
         raise UserError(f"{str(folder)!r} holds other files: give a new folder for the cache")
-    if not any(folder.glob("*.safetensors")): old = None          # nothing was made of it yet
+    if not any(folder.glob("*.safetensors")): old = None          # nothing is computed yet
     if replaced := bool(old) and _replaced(old, about): warnings.warn(
         f"videos of the {about['kind']} cache {str(folder)!r} were replaced since it was built: "
         "all its shards are computed again")
@@ -177,7 +177,7 @@ def claim_folder(folder,     # of a cache to build or to resume
 def resume_source(folder, # of a cache
                   source, # of its data
                  )->None:
-    "Let a source deal what it dealt when the cache was begun; the index checks other videos"
+    "Let a source deal the record of a cache; the index detects replaced videos"
     path = Path(folder)/"clips.json"
     if not hasattr(source, "take_over") or not path.is_file(): return
     try: source.take_over(json.loads(path.read_text()))
@@ -196,11 +196,11 @@ def keep_record(folder, # of a cache
 
 # %% ../../nbs/43_cache_files.ipynb #fc8063c5
 def list_faults(folder,     # of the cache
-                about:dict, # what it is
-                verify:bool=False, # compare checksums as well
-                shards=None, # numbers to look at; all by default
-               )->dict:     # shard: what is wrong
-    "List the shards that have to be computed"
+                about:dict, # its index
+                verify:bool=False, # also compare checksums
+                shards=None, # numbers of the shards to check; all by default
+               )->dict:     # {shard: its fault}
+    "List the missing and damaged shards"
     rows, key = shard_rows(about), key_of(about)
     found = {s: shard_fault(folder, s, key, rows[s], verify)
              for s in (range(len(rows)) if shards is None else shards)}
@@ -208,15 +208,15 @@ def list_faults(folder,     # of the cache
 
 # %% ../../nbs/43_cache_files.ipynb #33bc5d72
 def verify_cache(folder, # of a cache
-                )->dict: # number of a shard: what is wrong with it; empty if none is
-    "Compare every shard of a cache with its checksum; building with `verify` repairs it"
+                )->dict: # {shard: its fault}; empty if all are good
+    "Compare every shard of a cache with its checksum; building with `verify` repairs faults"
     return list_faults(folder, read_about(folder), True)
 
 # %% ../../nbs/43_cache_files.ipynb #feebdc00
 def merge_manifest(folder,     # of the cache
-                   about:dict, # what it is
+                   about:dict, # its index
                   )->bool:     # whether the cache is complete
-    "Write `manifest.json`, if every shard is there"
+    "Write `manifest.json`, if every shard is complete"
     if list_faults(folder, about): return False
     paths = [shard_path(folder, s) for s in range(len(shard_rows(about)))]
     heads = [read_head(p) for p in paths]

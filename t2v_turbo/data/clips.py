@@ -26,16 +26,16 @@ from ..files import UserError
 
 # %% ../../nbs/38_clips.ipynb #873a6e7d
 def reasons(skipped:list, # pairs (name, why)
-            n:int=5, # how many of them to report
+            n:int=5, # number of clips to report
            )->str: # one paragraph
-    "Report why clips were left out"
+    "Describe why clips were left out"
     rest = f" And {len(skipped) - n} more." if len(skipped) > n else ""
     return " ".join(why for _, why in skipped[:n]) + rest
 
 # %% ../../nbs/38_clips.ipynb #90850beb
 class Clips(Dealt):
-    "Base of all sources of video files: rows, stand-ins, and what was skipped"
-    if TYPE_CHECKING: # written below, the last two by each source
+    "Base of all sources of video files: rows, stand-ins, and skipped clips"
+    if TYPE_CHECKING: # defined below, the last two by each source
         def skip(self, name, why): ...
         def batch(self, step:int, size:int,
                   rows:slice=slice(None))->tuple[Tensor, list[str]]: ...
@@ -46,7 +46,7 @@ class Clips(Dealt):
     def __init__(self,
                  frames:int, # t
                  size:tuple[int, int], # (h w) in pixels
-                 fps:float, # frames a second of the batches
+                 fps:float, # frames per second of the batches
                  seed:int, # seed of order and starts
                 ):
         super().__init__(seed)
@@ -58,7 +58,7 @@ class Clips(Dealt):
 # %% ../../nbs/38_clips.ipynb #964cfd98
 @patch
 def skip(self:Clips, name, why):
-    "Remember a clip that broke while it was read, and warn once"
+    "Record a clip that failed while it was read, and warn once"
     with self._lock:
         if name in (n for n, _ in self.skipped): return
         self.skipped.append((name, why))
@@ -66,7 +66,7 @@ def skip(self:Clips, name, why):
 
 @patch
 def left_out(self:Clips, where):
-    "Warn about what was skipped; raise if nothing is left"
+    "Warn about skipped clips; raise if nothing is left"
     n, why = len(self.skipped), reasons(self.skipped)
     if not len(self): raise UserError(f"None of the {n} videos in {where} can be used. {why}")
     if n: warnings.warn(f"{n} of {n + len(self)} videos in {where} are left out. {why}")
@@ -74,7 +74,7 @@ def left_out(self:Clips, where):
 # %% ../../nbs/38_clips.ipynb #95390150
 @patch
 def _read(self:Clips, at):
-    "Read the clip at place `at`; the next good one stands in for a broken one"
+    "Read the clip at place `at`; the next good clip stands in for a broken one"
     (epoch, place), n = divmod(at, len(self)), len(self)
     for k in range(n):
         i = self.order(epoch)[(place + k) % n].item()
@@ -87,9 +87,9 @@ def _read(self:Clips, at):
 
 @patch
 def batch(self:Clips,
-          step:int, # which batch
-          size:int, # clips in it: b
-          rows:slice=slice(None), # which of them to read
+          step:int, # number of the batch
+          size:int, # clips in the batch: b
+          rows:slice=slice(None), # rows to read
          )->tuple[Tensor, list[str]]: # clips (b 3 t h w) in [0,1], b captions
     "Read the clips and captions of one step"
     clips, captions = zip(*map(self._read, self.places(step, size, rows)))
@@ -97,10 +97,10 @@ def batch(self:Clips,
 
 # %% ../../nbs/38_clips.ipynb #8490a129
 def in_threads(f, # function of one item
-               items:list, # what it is called on
-               what:str, # title of the progress bar, shown when it takes long
+               items:list, # arguments of `f`
+               what:str, # title of the progress bar, which appears after a while
               )->list: # results in the order of the items
-    "Map with a few threads; decoders and file systems let them run side by side"
+    "Map with a few threads; decoders and file systems run in parallel"
     k = 1 + len(items) // 512
     parts = [items[i:i + k] for i in range(0, len(items), k)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -109,9 +109,9 @@ def in_threads(f, # function of one item
 
 # %% ../../nbs/38_clips.ipynb #7a4a2a4c
 def one_of(captions:list, # of one clip, `list[str]`
-           gen:torch.Generator, # that of the clip's place in the deal
+           gen:torch.Generator, # generator of the clip's place in the deal
           )->str:
-    "Draw one of the captions of a clip; nothing is drawn where there is one"
+    "Draw one of the captions of a clip; a single caption needs no draw"
     return captions[torch.randint(len(captions), (), generator=gen) if len(captions) > 1 else 0]
 
 def check_missing(missing:str, # option of a source
@@ -122,28 +122,28 @@ def check_missing(missing:str, # option of a source
 
 # %% ../../nbs/38_clips.ipynb #975b2bbd
 class Recorded(Clips):
-    "Source whose identity is a record: a row `[name, .., content]` for each unit of the deal"
-    gone:dict|None = None    # number of a unit of the record: why it can no longer be read
+    "Source with a record: a row `[name, .., content]` for each unit of the deal"
+    gone:dict|None = None    # {number of a unit of the record: why it cannot be read any more}
     _record:list|None = None # as it was when the run began
-    if TYPE_CHECKING: # written by each source: the rows now; deal the units of another record
+    if TYPE_CHECKING: # defined by each source: the rows now; deal the units of another record
         def rows_now(self)->list: ...
         def deal(self, record:list, own:list): ...
 
     def record(self)->list: # `[name, .., content]` of each unit, for `take_over`
-        "Make the record of these data, for a run to keep"
+        "Return the record of these data, for a run to keep"
         if self._record is None: self._record = self.rows_now()
         return self._record
 
-    def fingerprint(self)->str: # tells one set of data from another
+    def fingerprint(self)->str: # identifies the data
         "Hash the record: names, captions and contents"
         return digest(self.record())
 
     def listing(self)->str:
-        "Hash the record without contents: it stays when a video is replaced"
+        "Hash the record without contents: it stays the same when a video is replaced"
         return digest([row[:-1] for row in self.record()])
 
-    def take_over(self, record:list): # that `record` gave when the run began
-        "Deal what the record names; units that are gone or broken are reported, and get stand-ins"
+    def take_over(self, record:list): # from `record`, when the run began
+        "Deal the units of the record; report lost or broken units and use stand-ins"
         record = [list(row) for row in record]
         if record == self.record(): return
         own = match_record(self.rows_now(), record)
@@ -161,10 +161,10 @@ class ClipFolder(Recorded):
                  folder, # path of the folder, see `find_clips`
                  frames:int=8, # t
                  size:tuple[int, int]=(32, 32), # (h w) in pixels
-                 fps:float=8, # frames a second of the batches
+                 fps:float=8, # frames per second of the batches
                  seed:int=0, # seed of order and starts
-                 check:bool=True, # whether to open every file once, now
-                 missing:str="error", # at a row of a table without a file: "error", or "skip" it
+                 check:bool=True, # open every file once, now
+                 missing:str="error", # rows of a table without a file: "error" or "skip"
                 ):
         super().__init__(frames, size, fps, seed)
         check_missing(missing)
@@ -188,7 +188,7 @@ class ClipFolder(Recorded):
 # %% ../../nbs/38_clips.ipynb #f1343c88
 @patch
 def _look(self:ClipFolder, clip, check):
-    "Find what is wrong with a clip, its length in seconds and the mark of its content"
+    "Return a clip's fault, its length in seconds and the mark of its content"
     try:
         if not clip.caption: raise BadClip(
             f"{clip.path} has no caption: write what it shows into {clip.path.stem}.txt "
@@ -202,7 +202,7 @@ def _look(self:ClipFolder, clip, check):
 # %% ../../nbs/38_clips.ipynb #29651545
 @patch
 def rows_now(self:ClipFolder):
-    "Make a row for each clip: path below the folder, captions, content"
+    "Return a row for each clip: path below the folder, captions, content"
     def mark(path):
         try: return content_mark(path)
         except OSError: return ""
@@ -227,10 +227,10 @@ class Table(ClipFolder):
                  path, # .csv, .tsv, .json, .jsonl or .parquet
                  frames:int=8, # t
                  size:tuple[int, int]=(32, 32), # (h w) in pixels
-                 fps:float=8, # frames a second of the batches
+                 fps:float=8, # frames per second of the batches
                  seed:int=0, # seed of order and starts
-                 missing:str="error", # at a row without a file: "error", or "skip" it
-                 check:bool=True, # whether to open every file once, now
+                 missing:str="error", # rows without a file: "error" or "skip"
+                 check:bool=True, # open every file once, now
                 ):
         self.find = read_table
         super().__init__(path, frames, size, fps, seed, check, missing)

@@ -22,16 +22,16 @@ from ..files import UserError
 @lru_cache(maxsize=4)
 def order(n:int, # clips
           seed:int, # seed of the deal
-          epoch:int, # which round
-         )->Tensor: # a permutation of range(n); shared, so do not change it
+          epoch:int, # number of the epoch
+         )->Tensor: # a permutation of range(n); shared, so do not modify it
     "Draw the order of the clips in one epoch"
     return torch.randperm(n, generator=step_gen(seed, epoch, "order"))
 
 # %% ../../nbs/37_deal.ipynb #afcceaa5
 class Dealt:
-    "Base of all sources that deal `len(self)` things in a seeded order"
-    kind = "clips" # what `batch` gives: clips with captions, or "prompts" alone
-    if TYPE_CHECKING: # how many there are, by each source
+    "Base of all sources that deal `len(self)` items in a seeded order"
+    kind = "clips" # what `batch` returns: clips with captions, or "prompts" alone
+    if TYPE_CHECKING: # number of items, defined by each source
         def __len__(self)->int: ...
 
     def __init__(self, seed:int): self.seed = seed # of the order
@@ -46,11 +46,11 @@ class Dealt:
         return places
 
     def picks(self,
-              step:int, # which batch
-              size:int, # things in it
-              rows:slice=slice(None), # which of them
+              step:int, # number of the batch
+              size:int, # items in the batch
+              rows:slice=slice(None), # rows to deal
              )->list[tuple[int, int]]: # pairs (epoch, index)
-        "List what the deal holds for these rows"
+        "List the items of these rows"
         pairs = [divmod(at, len(self)) for at in self.places(step, size, rows)]
         return [(e, int(self.order(e)[p])) for e, p in pairs]
 
@@ -60,7 +60,7 @@ BLOCK = 2**18 # bytes
 def mark_of(file, # open binary file
             size:int, # bytes in it
            )->str: # 16 hex digits
-    "Hash an open file: whole up to four blocks, else its size, head, middle and tail"
+    "Hash an open file: all of it up to four blocks, else its size, head, middle and tail"
     h, whole = hashlib.sha256(str(size).encode()), size <= 4 * BLOCK
     for at in (0,) if whole else (0, size // 2, size - BLOCK):
         file.seek(at); h.update(file.read(size if whole else BLOCK))
@@ -72,8 +72,8 @@ def _mark(path, size, *_):
     with open(path, "rb") as f: return mark_of(f, size)
 
 def content_mark(path, # of a file
-                )->str: # 16 hex digits; of a file over 1 MiB: of its size, head, middle and tail
-    "Hash the content of a file, once per process while its size and times stay the same"
+                )->str: # 16 hex digits; over 1 MiB: of size, head, middle and tail
+    "Hash the content of a file, once per process while its size and times are unchanged"
     s = os.stat(path)
     return _mark(os.fspath(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
 
@@ -84,10 +84,10 @@ def digest(*things, # strings, numbers and lists of them
     return hashlib.sha256(json.dumps(things).encode()).hexdigest()[:16]
 
 # %% ../../nbs/37_deal.ipynb #37931f44
-def match_record(now:list, # rows `[name, what it is, ...]` of the units that can be used now
+def match_record(now:list, # rows `[name, content, ...]` of the units that can be used now
                  record:list, # the same rows, from when the run began
-                )->list: # for each row of the record its number in `now`; None if it is lost
-    "Find the units of a run again; raise if one has changed, or is new"
+                )->list: # index in `now` of each row of the record; None if it is lost
+    "Match the units of a run to its record; raise if one has changed, or is new"
     at, names = {}, {row[0] for row in now}
     for i, row in enumerate(now): at.setdefault(json.dumps(row), []).append(i)
     found = [(at.get(json.dumps(row)) or [None]).pop(0) for row in record]

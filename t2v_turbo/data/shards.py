@@ -30,8 +30,8 @@ from ..files import UserError
 def grouped_order(sizes:tuple[int, ...], # clips in each shard
                   mix:int, # shards in a group
                   seed:int, # seed of the deal
-                  epoch:int, # which round
-                 )->Tensor: # a permutation of range(sum(sizes)); shared, so do not change it
+                  epoch:int, # number of the epoch
+                 )->Tensor: # a permutation of range(sum(sizes)); shared, so do not modify it
     "Draw the order of the clips in one epoch, a few shards at a time"
     gen, ends = step_gen(seed, epoch, "mix"), [0, *accumulate(sizes)]
     out = []
@@ -43,15 +43,15 @@ def grouped_order(sizes:tuple[int, ...], # clips in each shard
 # %% ../../nbs/40_shards.ipynb #93b1259a
 class Shards(Recorded):
     "Source of captioned clips from tar files, deterministic in (seed, step)"
-    options = "cache", "check" # of the index, beside those of `__init__`
+    options = "cache", "check" # of the index, in addition to those of `__init__`
     def __init__(self,
                  data, # folder of tars, pattern or list, see `find_shards`
                  frames:int=8, # t
                  size:tuple[int, int]=(32, 32), # (h w) in pixels
-                 fps:float=8, # frames a second of the batches
+                 fps:float=8, # frames per second of the batches
                  seed:int=0, # seed of order and starts
-                 missing:str="error", # at a missing or damaged shard: "error", or "skip" the loss
-                 mix:int=0, # shards that are shuffled together; 0 is all
+                 missing:str="error", # missing or damaged shards: "error" or "skip"
+                 mix:int=0, # shards that are shuffled together; 0: all
                  **index, # options of `shard_index`: `cache`, `check`
                 ):
         super().__init__(frames, size, fps, seed)
@@ -79,17 +79,17 @@ class Shards(Recorded):
 # %% ../../nbs/40_shards.ipynb #f5f11b46
 @dataclass
 class Contents:
-    "What a source keeps of a shard"
+    "The data of a shard that a source keeps in memory"
     names:np.ndarray   # of its clips (n,), texts
-    spots:np.ndarray   # places of video and caption, whether JSON (n, 5), whole numbers
-    seconds:np.ndarray # lengths (n,); nan where not checked
+    spots:np.ndarray   # places of video and caption, whether JSON (n, 5), integers
+    seconds:np.ndarray # lengths (n,); nan if not checked
     of:tuple           # size and time of the file
     mark:str           # of the contents of the clips
 
 # %% ../../nbs/40_shards.ipynb #f0a6d6ad
 @patch
 def _look(self:Shards, path, cache=None, check=True):
-    "Read of one shard its `Contents`, what is skipped, and what is wrong with it"
+    "Read the `Contents` of a shard, its skipped clips and its fault"
     try: index = shard_index(path, cache, check)
     except OSError as e: index = dict(clips=[], skipped=[], fault=f"cannot be read ({e.strerror})")
     skipped = [(f"{path}/{stem}", f"{path}/{stem}{why}") for stem, why in index["skipped"]]
@@ -109,7 +109,7 @@ def _look(self:Shards, path, cache=None, check=True):
 # %% ../../nbs/40_shards.ipynb #0e7b77e2
 @patch
 def _join(self:Shards):
-    "Put the clips of all shards in one row"
+    "Concatenate the clips of all shards"
     self.sizes = tuple(len(p.names) for p in self.parts) # clips in each shard
     self._ends = list(accumulate(self.sizes))
     for n in ("names", "spots", "seconds"):
@@ -134,12 +134,12 @@ def _open(self:Shards, s):
 # %% ../../nbs/40_shards.ipynb #aa4f6942
 @patch
 def rows_now(self:Shards):
-    "Make a row for each intact shard: its name, how many clips it holds, and their mark"
+    "Return a row for each intact shard: its name, its number of clips, and their mark"
     return [[p.name, len(part.names), part.mark]
             for p, part, ok in zip(self.shards, self.parts, self.intact) if ok]
 
 def _lost(path, n, mark):
-    "Make the `Contents` of a lost shard: as many clips as it had, all without a place"
+    "Build the `Contents` of a lost shard: as many clips as it had, all without a place"
     names = np.array([f"clip {i}" for i in range(n)], np.dtypes.StringDType())
     return path, Contents(names, np.zeros((n, 5), np.int64), np.full(n, np.nan), (None, None), mark)
 

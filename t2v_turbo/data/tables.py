@@ -27,30 +27,30 @@ VIDEO = (".mp4", ".m4v", ".mov", ".qt", ".webm", ".mkv", ".avi", ".gif", ".mpg",
          ".apng", ".mjpeg", ".mjpg", ".nut", ".ivf") # endings of video files, in any case
 FILE = ("file", "file_name", "filename", "file_path", "filepath", "path", "video", "video_path",
         "video_file", "video_name", "video_file_name", "clip",
-        "clip_path")                                     # names of the column with the files
+        "clip_path")                                     # names of the file column
 TEXT = ("caption", "text", "prompt", "captions", "texts", "description",
-        "sentence", "title")                             # names of the column with the captions
+        "sentence", "title")                             # names of the caption column
 
 # %% ../../nbs/35_tables.ipynb #b1781639
 @dataclass(frozen=True)
 class Clip:
-    "A video file and what it shows"
+    "A video file and its captions"
     path: Path   # the file
     caption: str # empty where the folder has none
     others: tuple = () # further captions of the same clip
 
 # %% ../../nbs/35_tables.ipynb #7955eab4
 def parse_json(text:str, # of a file, a line or a cell
-               kind=dict, # class of a good value, or several
-              ): # the value; None if the text is no JSON, or JSON of another kind
+               kind=dict, # expected class, or a tuple of classes
+              ): # the value; None if the text is not JSON, or JSON of another kind
     "Parse JSON of one kind"
     try: value = json.loads(text)
     except (ValueError, RecursionError): return None
     return value if isinstance(value, kind) else None
 
 # %% ../../nbs/35_tables.ipynb #80c49053
-def read_prompts(path, # a text file, a prompt a line
-                )->list: # `list[str]`; empty lines are left out
+def read_prompts(path, # a text file with one prompt per line
+                )->list: # `list[str]`, without empty lines
     "Read the prompts of a file, with single spaces between words"
     prompts = [" ".join(p.split()) for _, p in text_lines(path)]
     if not prompts: raise UserError(f"prompt file {str(path)!r} is empty: write a prompt a line")
@@ -73,7 +73,7 @@ def _separator(head):
 
 # %% ../../nbs/35_tables.ipynb #888422ee
 def _csv_rows(path):
-    "Read the rows of a table with a head and commas, semicolons, tabs or bars"
+    "Read the rows of a table with a head, separated by commas, semicolons, tabs or bars"
     text = read_text(path)
     mark = _separator(text.lstrip().partition("\n")[0])
     rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark)
@@ -114,14 +114,14 @@ def _parquet_rows(path):
 
 # %% ../../nbs/35_tables.ipynb #ad91e4c7
 ROWS = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows,
-        ".parquet": _parquet_rows}  # readers of tables by ending
+        ".parquet": _parquet_rows}  # table readers by file ending
 TABLES = [s + e for s in ("captions", "metadata") for e in ROWS] # names of a folder's own table
 
 # %% ../../nbs/35_tables.ipynb #54fc39f8
 def cell(row:dict, # a row of a table
-         names:tuple, # what the column may be called, in lower case
-        ): # its value; None where there is none
-    "Look up the first filled column of a row that has one of the names"
+         names:tuple, # possible names of the column, in lower case
+        ): # its value, or None
+    "Return the value of the first filled column with one of these names"
     low = dict(zip(names_of(row), row.values()))
     return next((low[n] for n in names if low.get(n)), None)
 
@@ -131,8 +131,8 @@ def names_of(row:dict, # a row of a table
     return [str(n).strip().lower() for n in row]
 
 # %% ../../nbs/35_tables.ipynb #b7aa7e2d
-def captions_in(value, # of a column: a text, a list of texts, or a list written as text
-               )->list[str]: # white space made plain; empty ones are left out
+def captions_in(value, # of a table cell: a text, a list of texts, or a list written as text
+               )->list[str]: # single spaces; empty captions are left out
     "List all captions of a cell"
     for parse in (json.loads, ast.literal_eval):
         if not isinstance(value, str) or not value.lstrip().startswith("["): break
@@ -143,17 +143,17 @@ def captions_in(value, # of a column: a text, a list of texts, or a list written
     return [t for t in plain if t]
 
 def column(row:dict, # a row of a table
-           names:tuple, # what the column may be called
-          )->str: # white space made plain; empty where there is none
-    "Look up the first text of the first filled column that has one of the names"
+           names:tuple, # possible names of the column
+          )->str: # with single spaces; empty if there is none
+    "Return the first text of the first filled column with one of these names"
     return next(iter(captions_in(cell(row, names))), "")
 
 # %% ../../nbs/35_tables.ipynb #a93cc6fe
 def inside(folder, # path of a folder
            file:str, # path of a file, relative to the folder or absolute
-          )->Path|None: # the file below `folder`; None if it lies elsewhere
-    "Resolve the path of a file without leaving a folder; links within it may lead anywhere"
-    at = os.path.abspath(os.path.join(folder, file))            # `..` goes before links are read
+          )->Path|None: # the file below `folder`; None if it lies outside
+    "Resolve a path without leaving a folder; links in the folder may point anywhere"
+    at = os.path.abspath(os.path.join(folder, file))            # resolve `..` before links
     for root in (os.path.abspath(folder), os.path.realpath(folder)):
         if at.startswith(root.rstrip(os.sep) + os.sep):
             return Path(folder, os.path.relpath(at, root))
@@ -161,7 +161,7 @@ def inside(folder, # path of a folder
 
 # %% ../../nbs/35_tables.ipynb #13cc5ae6
 def _clip(path, line, row, look):
-    "Make the clip of a table's row; `look`: its file has to be there"
+    "Make the clip of a table row; with `look`, its file must exist"
     file = str(cell(row, FILE) or "").strip()
     if not file or set(names_of(row)).isdisjoint(TEXT): raise UserError(
         f"Line {line} of {path} has no file or no caption: give each row both, under names "
@@ -177,16 +177,16 @@ def _clip(path, line, row, look):
     return Clip(at, first, tuple(others))
 
 def read_table(path, # a table with an ending of `ROWS`
-               look:bool=True, # whether to require that each file is there
+               look:bool=True, # require that each file exists
               )->list[Clip]: # in the order of the table
-    "Read the clips that a table names; their paths are relative to its folder"
+    "Read the clips of a table, whose paths are relative to its folder"
     path = Path(path)
     return [_clip(path, line, row, look) for line, row in ROWS[path.suffix.lower()](path)]
 
 # %% ../../nbs/35_tables.ipynb #0dfe1db4
 def files_below(folder, # path of a folder
                )->list[Path]: # sorted
-    "List every file below a folder, and then below linked ones; no folder is read twice"
+    "List all files below a folder, then below linked folders; read no folder twice"
     found, seen, todo = [], set(), [folder]
     while todo:
         for at, folders, files in os.walk(todo.pop(0)):
@@ -199,7 +199,7 @@ def files_below(folder, # path of a folder
 
 # %% ../../nbs/35_tables.ipynb #83e5924f
 def _is_table(file):
-    "Test whether a file is a table of captions; `metadata` is one if it has both columns"
+    "Test whether a file is a caption table; `metadata` needs both columns"
     if file.name.lower() not in TABLES or not file.is_file(): return False
     if file.stem.lower() == "captions": return True
     try: _, row = next(iter(ROWS[file.suffix.lower()](file)), (0, {}))
@@ -211,7 +211,7 @@ def _is_table(file):
 
 # %% ../../nbs/35_tables.ipynb #5e90a665
 def _tables(files):
-    "Find the tables of captions among files, one per folder at most"
+    "Find the caption tables among files, at most one per folder"
     found = {}
     for f in filter(_is_table, files):
         other = found.setdefault(f.parent, f)
@@ -220,7 +220,7 @@ def _tables(files):
     return list(found.values())
 
 def _beside(video):
-    "Make the clip of a video whose caption is in the text file beside it"
+    "Make the clip of a video with a text file beside it"
     text = next(filter(Path.is_file, map(video.with_suffix, (".txt", ".TXT"))), video/"none")
     return Clip(video, " ".join(read_text(text).split()) if text.is_file() else "")
 
@@ -228,7 +228,7 @@ def _beside(video):
 BESIDE = (".txt", ".md", ".html", *ROWS) # endings of files that describe videos
 
 def _passed_over(folder, files):
-    "Warn about files that are neither videos nor texts by their endings"
+    "Warn about files that, by their endings, are neither videos nor texts"
     over = [f for f in files if f.suffix.lower() not in (*VIDEO, *BESIDE) and f.name[0] != "."]
     if not over: return
     kinds = Counter(f.suffix.lower() or "no ending" for f in over).most_common()
@@ -239,9 +239,9 @@ def _passed_over(folder, files):
 
 # %% ../../nbs/35_tables.ipynb #6b7a4c73
 def find_clips(folder, # path of a folder with videos and captions
-               look:bool=True, # whether to require that each file of a table is there
+               look:bool=True, # require that each file of a table exists
               )->list[Clip]: # in the order of the tables, then sorted by path
-    "List every video of a folder with its captions; nothing is opened yet"
+    "List every video of a folder with its captions, without opening any"
     folder = Path(folder)
     if not folder.exists(): raise UserError(
         f"There is no folder {folder}: give a folder of video files.")

@@ -31,13 +31,13 @@ from ..files import UserError, atomic, is_rubbish
 
 # %% ../../nbs/39_tars.ipynb #2b4a4eb0
 def _add(tar, name, data):
-    "Append a file to a tar; its time is 0, so that the same clips make the same bytes"
+    "Append a file to a tar with time 0, so that the same clips give the same bytes"
     info = tarfile.TarInfo(name)
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
 
 def _coded(video, fps):
-    "Give ending and bytes of a video file, or of a clip (c t h w) coded as one"
+    "Return ending and bytes of a video file, or of a clip (c t h w) after encoding"
     if not isinstance(video, Tensor): return Path(video).suffix.lower(), Path(video).read_bytes()
     with tempfile.TemporaryDirectory() as d:
         write_video(f"{d}/clip.mp4", video, fps)
@@ -59,12 +59,12 @@ def _write(clips, folder, per_shard, fps):
 
 # %% ../../nbs/39_tars.ipynb #6bf7afe1
 def write_shards(clips, # folder of videos, or pairs (clip (c t h w) or path, caption or list)
-                 out, # folder to make
+                 out, # folder to create
                  per_shard:int=1000, # clips in a shard
-                 fps:int=8, # frames a second of the tensors
-                 seed:int|None=None, # to shuffle the clips with; by default they keep their order
+                 fps:int=8, # frames per second of the tensors
+                 seed:int|None=None, # of the shuffle; by default the clips keep their order
                 )->list[Path]: # the shards
-    "Write captioned clips as tar files in the form of webdataset"
+    "Write captioned clips as tar files in webdataset format"
     out = Path(out)
     if per_shard < 1: raise UserError(f"per_shard is {per_shard}: give 1 or more.")
     if out.exists(): raise UserError(f"{out} is there already: give a folder to make.")
@@ -83,7 +83,7 @@ def write_shards(clips, # folder of videos, or pairs (clip (c t h w) or path, ca
 # %% ../../nbs/39_tars.ipynb #3bf91ab9
 def tar_members(path, # a tar file
                )->tuple[list, str]: # triples (name, offset, size); the fault, or ""
-    "List the complete members of a tar, and what is wrong with it"
+    "List the complete members of a tar, and its fault"
     found, end, fault = [], 0, ""
     with open(path, "rb") as f:
         if f.read(2) == b"\x1f\x8b": return [], "is compressed: unpack it with gunzip first"
@@ -105,7 +105,7 @@ def tar_members(path, # a tar file
 KNOWN = {*VIDEO, ".txt", ".json"}
 
 def _known(members):
-    "Find places of videos and captions by (stem to the last dot, ending); list doubles"
+    "Map (stem to the last dot, ending) to the places of videos and captions; list duplicates"
     found, again = {}, []
     for name, at, n in members:
         folder, slash, base = name.rpartition("/")
@@ -135,7 +135,7 @@ def tar_samples(members:list, # triples (name, offset, size)
 # %% ../../nbs/39_tars.ipynb #9e252a0d
 def captions_of(data:bytes, # content of the file
                 ending:str, # .txt or .json
-               )->list[str]: # empty where there is none
+               )->list[str]: # empty if there is none
     "Read the captions in a text or JSON file; a text is one caption"
     try: text = data.decode("utf-8-sig")
     except UnicodeDecodeError: return []
@@ -144,18 +144,18 @@ def captions_of(data:bytes, # content of the file
 
 def caption_of(data:bytes, # content of the file
                ending:str, # .txt or .json
-              )->str: # empty where there is none
+              )->str: # empty if there is none
     "Read the first caption in a text or JSON file"
     return next(iter(captions_of(data, ending)), "")
 
 # %% ../../nbs/39_tars.ipynb #b971d0ec
 class Part:
-    "Present a stretch of an open file as a file of its own"
+    "Present a section of an open file as a separate file"
     def __init__(self,
                  file, # an open binary file
-                 at:int, # where the stretch begins
+                 at:int, # start of the section, in bytes
                  size:int, # its length in bytes
-                 seconds:float|None=None, # of the video in it, where that is known
+                 seconds:float|None=None, # length of the video in it, if known
                 ):
         self.file, self.start, self.size, self.at, self.seconds = file, at, size, 0, seconds
 
@@ -178,7 +178,7 @@ class Part:
 
 # %% ../../nbs/39_tars.ipynb #2cdda2a7
 def _sample(f, stem, parts, check):
-    "Make a row of the index: name, places of video and caption, whether JSON, seconds, marks"
+    "Build a row of the index: name, places of video and caption, whether JSON, seconds, marks"
     video = next((e for e in VIDEO if e in parts), None)
     if video is None: raise BadClip(f" has no video, only {stem}{min(parts)}.")
     text = next((e for e in (".txt", ".json") if e in parts), None)
@@ -190,9 +190,9 @@ def _sample(f, stem, parts, check):
 
 # %% ../../nbs/39_tars.ipynb #2a8fbfca
 def read_index(path, # a tar file
-               check:bool=True, # whether to open every video once
-              )->dict: # `clips`, a row each; `skipped`, pairs (stem, why); `fault` of the whole tar
-    "Index a shard: open it and look at all of it"
+               check:bool=True, # open every video once
+              )->dict: # `clips`, rows; `skipped`, pairs (stem, why); `fault` of the whole tar
+    "Index a shard by reading all of it"
     members, fault = tar_members(path)
     clips, (found, skipped) = [], tar_samples(members)
     with open(path, "rb") as f:
@@ -210,10 +210,10 @@ def _index_file(path, cache, check):
     return Path(cache)/f"{path.stem}-{mark}{ending}"
 
 def shard_index(path, # a tar file
-                cache=None, # folder for the indices; by default one beside the tar
-                check:bool=True, # whether to open every video once
+                cache=None, # folder for indices; by default beside the tar
+                check:bool=True, # open every video once
                )->dict: # see `read_index`
-    "Index a shard, or read its index from an earlier run"
+    "Index a shard, or read the index of an earlier run"
     path, now = Path(path), os.stat(path)
     of = dict(form=3, size=now.st_size, time=now.st_mtime_ns, mark=content_mark(path),
               av=av.__version__)
@@ -232,7 +232,7 @@ def shard_index(path, # a tar file
 # %% ../../nbs/39_tars.ipynb #c0e0e781
 def expand(pattern:str, # may hold {000..007} and {a,b}
           )->list[str]:
-    "List what a pattern with braces stands for"
+    "Expand the braces of a pattern"
     m = re.search(r"\{([^{}]*)\}", pattern)
     if not m: return [pattern]
     a, dots, b = m[1].partition("..")
@@ -246,14 +246,14 @@ def expand(pattern:str, # may hold {000..007} and {a,b}
 
 # %% ../../nbs/39_tars.ipynb #59818484
 def _tars(part):
-    "List the paths that one string stands for"
+    "List the paths that match one string"
     if Path(part).is_dir(): return [p for p in files_below(part) if p.suffix.lower() == ".tar"]
     if Path(part).exists() or not any(c in part for c in "*?["): return [Path(part)]
     return sorted(map(Path, glob(part)))
 
 def find_shards(data, # folder of tars, a pattern like a/{000..007}.tar or a/*.tar, or a list
                )->list[Path]: # which need not exist
-    "List the shards that `data` stands for; nothing is opened yet"
+    "List the shards of `data`, without opening any"
     out = []
     for pattern in [data] if isinstance(data, (str, Path)) else data:
         if "://" in str(pattern) or str(pattern).startswith("pipe:"): raise UserError(

@@ -23,13 +23,13 @@ from ..files import UserError
 
 # %% ../../nbs/36_videos.ipynb #857de16e
 class BadClip(UserError):
-    "A clip that cannot be used, and why; another can take its place"
+    "A clip that cannot be used, with the reason; another clip can take its place"
 
 # %% ../../nbs/36_videos.ipynb #0be4781e
 def nearest(stream, # iterable of (seconds, frame), in order of time
             times, # wanted times in seconds, ascending
            )->list: # the frame nearest to each wanted time
-    "Pick frames from a stream by time; reads no further than needed"
+    "Pick the frames nearest to some times; read no further than needed"
     out, before = [], None
     for at, frame in stream:
         while len(out) < len(times) and at >= times[len(out)]:
@@ -42,23 +42,23 @@ def nearest(stream, # iterable of (seconds, frame), in order of time
 # %% ../../nbs/36_videos.ipynb #0b0eae75
 @contextmanager
 def _decoder_errors(name):
-    "Turn an error of the decoder into a `BadClip` that names the file"
+    "Convert decoder errors to a `BadClip` that names the file"
     try: yield
     except (av.FFmpegError, OSError) as e: raise BadClip(
         f"{name} cannot be read as a video ({e.strerror}): replace it or take it out.") from e
 
 # %% ../../nbs/36_videos.ipynb #49f501d5
 def _av_options():
-    "Arguments of `av.open`: before version 19 it stopped at metadata that is not UTF-8"
+    "Return arguments for `av.open`; before version 19 it failed on metadata that is not UTF-8"
     old = int(av.__version__.split(".")[0]) < 19
     return dict(metadata_errors="ignore") if old else {}
 
 # %% ../../nbs/36_videos.ipynb #2ca995a5
 @contextmanager
 def open_video(video, # path of a video, or an open file
-               name=None, # what to call it; its path by default
-              ): # gives (container, picture stream)
-    "Open a video at its stream of pictures, which is not its cover art"
+               name=None, # name in messages; its path by default
+              ): # yields (container, picture stream)
+    "Open a video at its picture stream, skipping cover art"
     name = video if name is None else name
     is_file = hasattr(video, "read")
     with (_decoder_errors(name), nullcontext(video) if is_file else open(video, "rb") as f,
@@ -72,7 +72,7 @@ def open_video(video, # path of a video, or an open file
         yield box, v
 
 # %% ../../nbs/36_videos.ipynb #52ef1798
-def _zero(v): return float((v.start_time or 0) * v.time_base) # seconds of the first picture
+def _zero(v): return float((v.start_time or 0) * v.time_base) # time of the first picture
 
 # %% ../../nbs/36_videos.ipynb #a6cab890
 def _tail(box, v, at):
@@ -86,20 +86,20 @@ def _tail(box, v, at):
 
 # %% ../../nbs/36_videos.ipynb #eae09d68
 def _end(box, v):
-    "Measure the pictures of an open file in seconds, by its last packets and not its head"
+    "Measure the picture stream in seconds, by its last packets and not its header"
     claim = (box.duration or 0) / av.time_base
     if v.duration: claim = float(v.duration * v.time_base)
-    got = _tail(box, v, claim - .5) or _tail(box, v, 0.) # a head may promise what was cut off
+    got = _tail(box, v, claim - .5) or _tail(box, v, 0.) # a header may overstate
     if len(got) < 2 and got: got = _tail(box, v, got[-1][0] - .5) or got
     if len(got) < 2: got = _tail(box, v, 0.)
     if not got: return 0.
     (last, long), gaps = got[-1], [b - a for (a, _), (b, _) in zip(got, got[1:])]
-    usual = max(gaps, default=0.)          # the last picture may be stretched to the sound's end
+    usual = max(gaps, default=0.)          # the last picture may last to the end of the sound
     return last + (min(long, usual) if long and usual else long or usual)
 
 # %% ../../nbs/36_videos.ipynb #03fd44d1
 def probe(video, # path of a video, or an open file
-          name=None, # what to call it; its path by default
+          name=None, # name in messages; its path by default
          )->float: # its length in seconds
     "Open a video, check that its first frame can be decoded, and measure its length"
     name = video if name is None else name
@@ -120,7 +120,7 @@ def _packets(box, v):
 
 # %% ../../nbs/36_videos.ipynb #64233bae
 def _decode(box, v):
-    "Decode an open file from where it stands, without the frames that the decoder calls corrupt"
+    "Decode an open file from its current position, without corrupt frames"
     own = v.metadata.get("alpha_mode") == "1" and _ALPHA.get(v.codec.name)
     context = av.CodecContext.create(own, "r") if own in av.codecs_available else None
     frames = (f for p in _packets(box, v) for f in (context.decode(p) if context else p.decode()))
@@ -128,8 +128,8 @@ def _decode(box, v):
 
 # %% ../../nbs/36_videos.ipynb #7e897ce3
 def _stream(box, v, start):
-    "Yield pairs (seconds, frame), from a frame at or before `start` where there is one"
-    rate = float(v.average_rate or 25)                   # of a stream without any times
+    "Yield pairs (seconds, frame), from a frame at or before `start` if there is one"
+    rate = float(v.average_rate or 25)                   # for a stream without times
     at = lambda f, i=0: i / rate if f.time is None else f.time - _zero(v)
     if start > 0:
         box.seek(int((start + _zero(v)) / v.time_base), stream=v)
@@ -147,7 +147,7 @@ def fit(frames:Tensor, # (t 3 h w) in [0,1]
         size:tuple[int, int], # wanted (h w)
         aspect:float=1., # width of a pixel over its height
        )->Tensor: # (t 3 *size) in [0,1]
-    "Scale with the aspect kept, and crop to the centre"
+    "Scale, keeping the aspect, and crop to the centre"
     (h, w), (H, W) = frames.shape[-2:], size
     scale = max(H / h, W / (w * aspect))
     h, w = max(H, round(h * scale)), max(W, round(w * aspect * scale))
@@ -157,19 +157,19 @@ def fit(frames:Tensor, # (t 3 h w) in [0,1]
 
 # %% ../../nbs/36_videos.ipynb #522a2e33
 def turn(x:Tensor, # picture (.. h w)
-         matrix, # the nine whole numbers of a display matrix
-        )->tuple[Tensor, bool]: # upright picture, and whether its sides have changed places
-    "Mirror and turn a picture as its display matrix prescribes"
+         matrix, # nine integers of a display matrix
+        )->tuple[Tensor, bool]: # upright picture, and whether its sides were swapped
+    "Mirror and rotate a picture by its display matrix"
     a, b, _, c, d, *_ = matrix                     # (x, y) is shown at (a x + c y, b x + d y)
     swap = abs(b) + abs(c) > abs(a) + abs(d)
     if swap: x, a, d = x.transpose(-1, -2), c, b
     return x.flip([i for i, s in ((-1, a), (-2, d)) if s < 0]), swap
 
 # %% ../../nbs/36_videos.ipynb #1d3a3bcf
-BACKGROUND = 1. # what is behind transparent pixels: white
+BACKGROUND = 1. # colour behind transparent pixels: white
 
 def _rgb(frame):
-    "Convert a decoded frame to (1 3 h w) in [0,1], on the `BACKGROUND` where it is transparent"
+    "Convert a decoded frame to (1 3 h w) in [0,1], with `BACKGROUND` behind transparent pixels"
     clear = frame.format.has_palette or any(c.is_alpha for c in frame.format.components)
     x = torch.from_numpy(frame.to_ndarray(format="rgba" if clear else "rgb24"))
     x = x.permute(2, 0, 1)[None].float() / 255
@@ -177,7 +177,7 @@ def _rgb(frame):
 
 # %% ../../nbs/36_videos.ipynb #e34fb9ab
 def _one_field(frame):
-    "Take every second line of an interlaced frame, so that it shows one moment"
+    "Keep every second line of an interlaced frame, so that it shows one moment"
     graph = av.filter.Graph()
     nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format,
                               time_base=Fraction(1, 1000)), graph.add("field", "top"),
@@ -191,7 +191,7 @@ def picture(frame, # decoded `av.VideoFrame`
             size:tuple[int, int], # wanted (h w) in pixels
             aspect:float=1., # width of a stored pixel over its height
            )->Tensor: # (1 3 *size) in [0,1]
-    "Show a frame as a player would: one field, upright, pixels made square; then fit it"
+    "Convert a frame as a player would: one field, upright, square pixels; then fit it"
     matrix = frame.side_data.get(SideData.DISPLAYMATRIX)
     if frame.interlaced_frame: frame, aspect = _one_field(frame), aspect / 2
     x, swap = turn(_rgb(frame), np.frombuffer(bytes(matrix), "=i4").tolist()) if matrix else (
@@ -199,12 +199,12 @@ def picture(frame, # decoded `av.VideoFrame`
     return fit(x, size, 1 / aspect if swap else aspect)
 
 # %% ../../nbs/36_videos.ipynb #53c5bd19
-def check_length(name, # what to call the video
+def check_length(name, # of the video, in messages
                  seconds:float, # its length
-                 frames:int, # wanted frames
-                 fps:float, # at so many a second
+                 frames:int, # number of frames
+                 fps:float, # frames per second
                 ):
-    "Raise `BadClip` if a video is too short, by more than half a frame"
+    "Raise `BadClip` if a video is too short by more than half a frame"
     need = frames / fps
     if seconds < need - .5 / fps: raise BadClip(
         f"{name} is {seconds:.2f} s long, but {frames} frames at {fps} a second need {need:.2f} s: "
@@ -212,9 +212,9 @@ def check_length(name, # what to call the video
 
 # %% ../../nbs/36_videos.ipynb #7a9cf4c4
 def _check_moving(name, times, picked, ended, fps, least):
-    "Raise `BadClip` at a hole: before the first picture, behind the last, or a long still"
+    "Raise `BadClip` at a gap: before the first picture, after the last, or a long still"
     (first, _), (last, end) = picked[0], picked[-1]
-    held = float((end.duration or 0) * (end.time_base or 0))        # as the file states it
+    held = float((end.duration or 0) * (end.time_base or 0))        # as stated in the file
     runs = [sum(1 for _ in run) for _, run in groupby(id(f) for _, f in picked)]
     still, allowed = (max(runs) - 1) / fps, max(least, 1 / fps) + .5 / fps
     if (first - times[0] > allowed or ended and times[-1] - last > max(allowed, held + .5 / fps)
@@ -226,12 +226,12 @@ def _check_moving(name, times, picked, ended, fps, least):
 def read_clip(video, # path of a video, or an open file
               frames:int, # t
               size:tuple[int, int], # (h w) in pixels
-              fps:float, # frames a second
+              fps:float, # frames per second
               gen:torch.Generator, # draws the start
-              name=None, # what to call it; its path by default
-              seconds:float|None=None, # its length, where `probe` has found it before
+              name=None, # name in messages; its path by default
+              seconds:float|None=None, # its length, if `probe` has measured it
              )->Tensor: # clip (3 t h w) in [0,1]
-    "Read a clip out of a video, from a random start"
+    "Read a clip from a video, at a random start"
     name, ended = video if name is None else name, []
     with open_video(video, name) as (box, v):
         known = getattr(video, "seconds", None) if seconds is None else seconds
