@@ -18,7 +18,7 @@ from .options import check_sampling, check_seed, named
 # %% ../nbs/69_preparing.ipynb #13ffb081
 @contextmanager
 def whole_or_nothing():
-    "Turn SIGTERM into an exception, so that half-written folders are removed as on Ctrl-C"
+    "Raise `KeyboardInterrupt` on SIGTERM as on Ctrl-C, so that no half-written folder stays"
     import signal
     import threading
     def stop(signum, frame):
