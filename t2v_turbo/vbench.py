@@ -344,7 +344,7 @@ def compare(a:Result,       # one model
 
 # %% ../nbs/62_vbench.ipynb #8b0f194f
 def score_table(rows:list,  # published `Row`s
-                own:dict={}, # name: what `intervals` or `aggregate` returned
+                own:dict={}, # name: result of `intervals` or `aggregate`
                )->str:      # markdown, best Total first
     "Tabulate Total, Quality and Semantic of own results beside published rows"
     def cell(v):

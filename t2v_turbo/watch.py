@@ -118,7 +118,7 @@ class Watcher:
 
     def __init__(self,
                  trainer:Trainer, # its student is watched
-                 o:WatchOptions=WatchOptions(), # what to watch
+                 o:WatchOptions=WatchOptions(), # options of the looks
                 ):
         self.trainer, self.o, cfg = trainer, o, trainer.cfg
         world = not (cfg.data or o.prompts)          # the judges and their captions are its own

@@ -24,19 +24,19 @@ from ..world import blur, caption, combos, flicker, render, watermark
 
 # %% ../../nbs/58_reward_check.ipynb #d5f10ef8
 LONGEST = 512                           # pixels of the longer side
-CARPHONE = "a man talking in a car"     # what the real pair shows
+CARPHONE = "a man talking in a car"     # prompt of the real pair
 
 @dataclass(frozen=True)
 class Pair:
     "A good and a bad version of the same clips"
-    name:str     # what is wrong with the bad clips
+    name:str     # kind of damage
     good:Tensor  # `(n 3 t h w)` in [0,1]
     bad:Tensor   # like `good`
     prompts:list # captions, `list[str]`, length n
 
 def files_pair(good,         # a video file
                bad,          # a worse version of it, of the same length
-               prompt:str,   # what it shows
+               prompt:str,   # its caption
                frames:int=8, # of a clip
                n:int=4,      # clips at most, one after the other
                fps:int=8,    # frames a second
@@ -171,7 +171,7 @@ def check_gradient(reward,       # a reward
 def reward_check(text:str,          # `name`, or `name@weights`
                  good:str="",       # a video file; empty: the carphone clip, if installed
                  bad:str="",        # a worse version of it
-                 prompt:str="",     # what the file shows
+                 prompt:str="",     # caption of the file
                  vocabulary:str="", # CLIP's, see `clip_merges`
                  dtype:str="float32", # of the network: float32, bfloat16, float16 or float64
                  clips:int=24,      # rendered clips, 1..24
