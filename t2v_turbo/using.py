@@ -33,7 +33,7 @@ def sampling_of_student(student)->dict: # `steps` and `w`
     return {n: student.sampling[n] for n in ("steps", "w")}
 
 # %% ../nbs/70_using.ipynb #401b2f00
-def device_named(name:str, # cpu, cuda, cuda:1, mps or xpu; empty: the best that is here
+def device_named(name:str, # cpu, cuda, cuda:1, mps or xpu; empty: the best available
                 ): # a `torch.device`
     "Return a device by name, or raise `UserError` if this machine lacks it"
     import torch

@@ -132,7 +132,7 @@ class Watcher:
         self.reference = self.sample(load_student(folder)) if folder else None
 
     def sample(self, student:Student)->Tensor:
-        "Sample the clips of a look, `(b 3 t h w)` on the CPU, always from the same noise"
+        "Sample a look's clips `(b 3 t h w)`, on the CPU, from the same noise, few at a time"
         n, student = self._at_once, student.to(self.trainer.accelerator.device)
         parts = [self.prompts[i:i+n] for i in range(0, len(self.prompts), n)]
         return torch.cat([sample_student(student, p, step_gen(0, i, "looks"), self.steps,
