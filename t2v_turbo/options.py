@@ -25,17 +25,17 @@ PACKAGE = Path(t2v_turbo.__path__[0])
 
 @cache
 def _read(module):
-    "Lines and syntax tree of one of our modules"
+    "Return lines and syntax tree of a module of this package"
     text = (PACKAGE / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
     return text.splitlines(), ast.parse(text)
 
 def _names(n):
-    "What a statement of a module defines"
+    "List the names that a statement defines"
     if isinstance(n, ast.ClassDef): return [n.name]
     return [ast.unparse(t) for t in n.targets] if isinstance(n, ast.Assign) else []
 
 def _origin(n, module):
-    "The module, without the package's name, that an import statement takes names from"
+    "Return the module, without the package's name, that an import statement reads"
     above = ["t2v_turbo", *module.split(".")][:-n.level] if n.level else []
     return ".".join([*above, *(n.module or "").split(".")][1:])
 
@@ -53,23 +53,23 @@ def defined(where:str, # "module:Name" of this package; an import in that module
 # %% ../nbs/67_options.ipynb #d81d3f59
 @dataclass(frozen=True)
 class Option:
-    "A setting that a command line may give"
+    "A setting that the command line can set"
     name:str               # of the field
     kind:type              # str, int, float, bool or tuple
-    default:object         # `MISSING` for one that must be given
+    default:object         # `MISSING` for a required setting
     note:str = ""          # its comment
     choices:tuple = ()     # the only values, if any
     words:str = ""         # its default in words, where the value is left open
-    place:bool = False     # whether it is a positional argument
+    place:bool = False     # True for a positional argument
 
     @property
     def flag(self)->bool:
-        "Whether it is switched on and off: a bool, or an int whose comment starts with `1: `"
+        "Whether it is a switch: a bool, or an int whose comment starts with `1: `"
         return self.kind is bool or self.kind is int and self.note.startswith("1: ")
 
     @property
     def metavar(self)->str:
-        "What stands for a value in the help"
+        "Return the placeholder of a value in the help"
         listed = "{%s}" % ",".join(filter(None, self.choices))
         return listed if self.choices and len(listed) < 50 else self.kind.__name__
 
@@ -81,7 +81,7 @@ def _told(default, flag):
 
 def help_of(o:Option, # a setting
            )->str:
-    "The comment of a setting and its default"
+    "Format the comment of a setting and its default"
     note = o.note.removeprefix("1: ") if o.flag else o.note
     if o.default is MISSING: return note
     return f"{note} (default: {o.words or _told(o.default, o.flag)})".strip()
@@ -89,7 +89,7 @@ def help_of(o:Option, # a setting
 def taken_from(o:Option, # a setting
                value,    # from a file; a flag may be true, false, 0 or 1
               ):         # of the type of its field
-    "Raise `UserError` for a value that a setting cannot take"
+    "Convert a value from a file; raise `UserError` if the setting cannot take it"
     if value is None and (o.default is None or o.words): return None
     return o.kind(fitting(o.name, value, o.kind, o.choices))
 
@@ -100,15 +100,15 @@ def _value(node, **names):
     return eval(ast.unparse(node), {"__builtins__": {}}, TYPES | names)
 
 def constant(where:str, # "module:NAME"
-             **names,   # what stands for other names of its module
+             **names,   # values of other names of its module
             ):
-    "The value of a constant, without importing its module"
+    "Evaluate a constant without importing its module"
     return _value(defined(where)[1].value, **names)
 
 def _option(lines, n):
-    "The setting that one line of a dataclass declares; `None` for a nested dataclass"
+    "Read the setting that a line of a dataclass declares; `None` for a nested dataclass"
     try: kind, choices = kind_of(_value(n.annotation))
-    except NameError: return None                    # a type that is not one of ours
+    except NameError: return None                    # not a plain type
     if not kind: return None
     rest = lines[n.end_lineno - 1].encode()[n.end_col_offset:].decode()
     default = MISSING if n.value is None else _value(n.value)
@@ -118,7 +118,7 @@ def _option(lines, n):
 @cache
 def declared(where:str, # "module:Class"
             )->tuple:   # of `Option`
-    "The settings of a dataclass, read from its source: types, defaults and comments"
+    "Read the settings of a dataclass from its source: types, defaults and comments"
     lines, tree = defined(where)
     found = (_option(lines, n) for n in tree.body if isinstance(n, ast.AnnAssign))
     return tuple(o for o in found if o)
@@ -130,21 +130,21 @@ class Verb:
     name:str               # "sample"; "rate make" is `make` below `rate`
     help:str               # one line
     function:str           # "module:function", called with an object for each class
-    classes:tuple = ()     # dataclasses that it is configured by, each "module:Class"
-    make:str = ""          # "module:function" that makes the objects; else each class its own
-    own:tuple = ()         # pairs (setting, default) where this verb has another default
-    without:tuple = ()     # settings that are no options of this verb
-    place:tuple = ()       # settings with a default that are positional all the same
+    classes:tuple = ()     # dataclasses that configure it, each "module:Class"
+    make:str = ""          # "module:function" that makes the objects; empty: each class
+    own:tuple = ()         # pairs (setting, default) that differ for this verb
+    without:tuple = ()     # settings without an option here
+    place:tuple = ()       # positional settings that have a default
     groups:tuple = ()      # pairs (title, names with spaces between)
     choices:tuple = ()     # pairs (setting, values) where the annotation does not list them
-    words:str = ""         # "module:function" for the defaults that are left open, in words
-    training:bool = False  # whether it takes a recipe, or the settings of an earlier run
-    quiet:bool = True      # whether other libraries' progress bars are switched off
+    words:str = ""         # "module:function" that describes open defaults
+    training:bool = False  # True if it takes a recipe, or an earlier run's settings
+    quiet:bool = True      # switch other libraries' progress bars off
 
 # %% ../nbs/67_options.ipynb #fe3e2239
 def options_of(v:Verb, # a command
               )->tuple: # of `Option`
-    "All settings of a command"
+    "List all settings of a command"
     own, choices = dict(v.own), dict(v.choices)
     words = located(v.words)() if v.words else {}
     return tuple(replace(o, default=own.get(o.name, o.default), words=words.get(o.name, ""),
@@ -153,7 +153,7 @@ def options_of(v:Verb, # a command
 
 def located(where:str, # "module:name", or "module:Class.method"
            ):
-    "The object of that name; imports its module"
+    "Import a module and return its object of that name"
     from importlib import import_module
     module, name = where.split(":")
     thing = import_module(f"t2v_turbo.{module}")
@@ -164,7 +164,7 @@ def located(where:str, # "module:name", or "module:Class.method"
 SAID = {int: "a whole number", float: "a number"}
 
 class Flag(argparse.BooleanOptionalAction):
-    "A setting switched on or off, as a value of its own type"
+    "Switch a setting on or off, as a value of its own type"
     def __init__(self, *args,
                  kind=bool, # `bool`, or `int` for 0 and 1
                  **kwargs):
@@ -175,7 +175,7 @@ class Flag(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, self.kind(not option_string.startswith("--no-")))
 
 def _reader(o):
-    "How a word of the command line becomes a value"
+    "Return the function that turns a word of the command line into a value"
     def read(word):
         try: return o.kind(word)
         except ValueError: raise argparse.ArgumentTypeError(
@@ -185,7 +185,7 @@ def _reader(o):
 def add_option(to,       # a parser, or a group of one
                o:Option, # a setting
               )->None:
-    "One argument; what is not given is not in the namespace"
+    "Add one argument, absent from the namespace unless the user gives it"
     about:dict = dict(help=help_of(o).replace("%", "%%"), default=argparse.SUPPRESS)
     if o.flag: to.add_argument(f"--{o.name}", action=Flag, kind=o.kind, **about); return
     about |= dict(type=_reader(o), metavar=o.name if o.place else o.metavar)
@@ -199,7 +199,7 @@ def add_options(parser:argparse.ArgumentParser, # gets the options
                 options,     # of `Option`
                 groups=(),   # pairs (title, names with spaces between); the rest: "options"
                )->None:
-    "An argument for each setting, the named groups in their order"
+    "Add an argument for each setting, the named groups in their order"
     title = {n: t for t, names in groups for n in names.split()}
     shelves = {t: parser.add_argument_group(t) for t, names in groups
                if any(o.name in names.split() for o in options)}
@@ -208,28 +208,28 @@ def add_options(parser:argparse.ArgumentParser, # gets the options
         add_option(shelf or parser, o)
 
 # %% ../nbs/67_options.ipynb #02508554
-def nearest(word:str, # that is unknown
+def nearest(word:str, # an unknown word
             known,    # words
            )->str:    # "; did you mean ..?", or empty
-    "The known word that a mistyped one resembles"
+    "Suggest the known word that a mistyped word resembles"
     word = word[:2] + word[2:].replace("-", "_")
     close = difflib.get_close_matches(word, list(known), 1, .6)
     return f"; did you mean {close[0]}?" if close else ""
 
 class Parser(argparse.ArgumentParser):
-    "argparse with one sentence for a mistake, and flags that take no word after them but 0 or 1"
+    "argparse with one-sentence errors, and flags that take only 0 or 1 as a value"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        "One sentence and exit status 2"
+        "Print one sentence and exit with status 2"
         message = message.removeprefix("argument ").replace(": '", " '", 1)
         message = message.replace("expected one argument", "give a value")
         self.exit(2, f"{self.prog}: {message.rstrip('?')}"
                      f"{'?' if message.endswith('?') else ';'} see {self.prog} --help\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        "Refuse unknown options by name, and read a flag with 0 or 1 as one word"
+        "Report unknown options by name, and read a flag with 0 or 1 as one word"
         import sys
         args = list(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args if self._subparsers else self._words(args), namespace)
@@ -246,7 +246,7 @@ from fastcore.basics import patch
 
 @patch
 def _words(self:Parser, args):
-    "The words of a command line, with every flag as one word"
+    "Return the words of a command line, with every flag as one word"
     known, out = self._option_string_actions, []
     while args:
         word = args.pop(0)
@@ -269,11 +269,11 @@ def _usage(name, options):
     return " ".join(["t2v-turbo", name, *rest, *place])
 
 def parser_of(verbs,        # of `Verb`
-              parents:dict, # name: help, of the verbs that only hold others
-              about:str,    # the whole program
+              parents:dict, # name: help, of the verbs with subcommands
+              about:str,    # description of the program
               extra=(),     # of `Option`, for verbs that train
              )->Parser:
-    "`t2v-turbo` and its subcommands"
+    "Build the parser of `t2v-turbo` and its subcommands"
     top = Parser("t2v-turbo", description=about)
     top.add_argument("--version", action="version", version=f"t2v-turbo {t2v_turbo.__version__}")
     below = {(): top.add_subparsers(required=True, metavar="VERB")}
@@ -293,14 +293,14 @@ def parser_of(verbs,        # of `Verb`
 def made(cls:type,    # a dataclass
          values:dict, # name: value, of this and of other classes
         ):            # a `cls`
-    "A dataclass of those values that are its own; the others keep their defaults"
+    "Make a dataclass from its own values among these; other fields keep their defaults"
     names = {f.name for f in fields(cls)}
     return cls(**{k: x for k, x in values.items() if k in names})
 
 def objects_of(v:Verb,      # a command
-               values:dict, # name: value; what is missing has its default
+               values:dict, # name: value; missing settings have their default
               )->tuple:     # one for each class
-    "What a command's function is called with"
+    "Make the arguments of a command's function"
     own = dict(v.own) | values
     if v.make: return located(v.make)(own)
     return tuple(made(located(c), own) for c in v.classes)
@@ -311,7 +311,7 @@ def check_sampling(steps=None,  # network calls a clip; the next three: `None` w
                    origin=None, # timesteps of the training grid
                    most=16,     # of `steps`; `None`: any number
                   )->None:
-    "Raise `UserError` for what no sampler takes"
+    "Raise `UserError` for values that no sampler takes"
     if steps is not None and not 1 <= steps <= (most or steps):
         raise UserError(f"steps is {steps}: give {f'1 to {most}' if most else '1 or more'}")
     if w is not None and not 0 <= w < math.inf:

