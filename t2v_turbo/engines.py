@@ -39,7 +39,11 @@ from .saved import whole
 class Plain:
     "One process, or several that each hold the whole student (DDP)"
     sharded = False # each process holds a part: either all call the denoiser, or none
-    bare:Distillation; model:torch.nn.Module; params:list; precision:Precision; ema:EMAModel|None
+    bare:Distillation      # the model itself
+    model:torch.nn.Module  # what is called: the model, or DDP around it
+    params:list            # what trains
+    precision:Precision    # autocast, and the scale of the loss
+    ema:EMAModel|None      # the target's weights, where they are an average
     if TYPE_CHECKING: # defined below
         def rows(self, batch:int, pieces:int=1)->slice: ...
         def prepare(self, model:Distillation, lr:float, ema:float=0.)->None: ...

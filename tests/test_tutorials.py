@@ -93,7 +93,7 @@ CLASSES = {
     r"pip install (\.|\. -c tests/colab-[\d-]+\.txt|-e \.\[dev\]|-e \"\.\[dev\]\"|t2v_turbo|git\+\S+)$": "tools/newcomer.py, tools/colab.py and tools/environments.py install",
     r"pip install bitsandbytes|pip uninstall (-y )?(torchvision|torchao)": "changes the environment",
     r"pip download --no-deps open_clip_torch": "the fixture clip_vocabulary does it",
-    r"pytest$": "is this suite",
+    r"pytest( --full)?$": "is this suite",
     r"python3\.10 -m venv vbench-env|\. vbench-env|pip install (\"setuptools|torch torchvision|--no-build)|for d in|do vbench|vbench ": "VBench has an environment of its own",
     r"python tools/(newcomer|environments)\.py|python bench/": "takes minutes to hours; the tests of tools and bench run them in small",
 }
