@@ -43,7 +43,7 @@ class DDIM:
     @property
     def grid(self): return ddim_grid(self.n, len(self.schedule))
     @property
-    def k(self): return len(self.schedule)//self.n # timesteps per step if n divides T; else slightly less
+    def k(self): return len(self.schedule)//self.n # timesteps per step, rounded down
 
     def t(self, index:Tensor)->Tensor:
         "Return the timestep of grid point `index` (b,)"
