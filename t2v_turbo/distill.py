@@ -27,7 +27,7 @@ from .student import Student
 # %% ../nbs/12_distill.ipynb #0de0c395
 @dataclass(frozen=True)
 class Objective:
-    "What is minimised, eq. 10"
+    "The loss to minimise, eq. 10, as settings"
     k:int = 20                 # solver skip, in timesteps; divides 1000
     w_min:float = 1.           # guidance scales are drawn from [w_min, w_max]; 0 is no guidance
     w_max:float = 3.
@@ -99,7 +99,7 @@ class Draw:
         return replace(self, **{n: getattr(self, n).to(device) for n in ("noise", "index", "w")})
 
 # %% ../nbs/12_distill.ipynb #1a54a5c5
-def draw(cfg:Objective,       # what is drawn from
+def draw(cfg:Objective,       # ranges to draw from
          shape:tuple,         # of the latents `(b, c, t, h, w)`
          gen:torch.Generator, # CPU generator
         )->Draw:
@@ -137,7 +137,7 @@ class Distillation(nn.Module):
 
     def __init__(self,
                  student:Student, # adapters, w-projection and, below them, the teacher
-                 cfg:Objective,   # what is minimised
+                 cfg:Objective,   # the loss to minimise
                  image_reward:nn.Module|None=None, # optional if beta_img is 0
                  video_reward:nn.Module|None=None, # optional if beta_vid is 0
                 ):
@@ -192,7 +192,7 @@ def rewards(self:Distillation,
 # %% ../nbs/12_distill.ipynb #f8a7f33b
 @dataclass(frozen=True)
 class StepOut:
-    "What a step returns, per sample `(b,)`; terms that were not computed are zero"
+    "The result of a step, per sample `(b,)`; terms that were not computed are zero"
     loss:Tensor   # L, with gradient
     cd:Tensor     # L_CD
     j_img:Tensor  # J_img, a mean over M frames

@@ -50,7 +50,7 @@ class DDIM:
         return self.grid.to(index.device)[index]
 
     def t_prev(self, index:Tensor)->Tensor:
-        "Return the timestep after a step from grid point `index` (b,): the one below, or 0"
+        "Return the timestep after a step from grid point `index` (b,): the next below, or 0"
         return self.t((index - 1).clamp_min(0)) * (index > 0)
 
     def step(self, x0:Tensor, eps:Tensor, index:Tensor)->Tensor:
