@@ -37,7 +37,7 @@ class Objective:
     shape:str = "log_sigmoid"  # how a score becomes an objective: log_sigmoid or raw
     image_frames:int = 2       # M, frames the image reward sees
     video_frames:int = 0       # frames the video reward sees; 0: its own number, else 4
-    window:int = 0             # they lie within this many frames; 0: the teacher's choice
+    window:int = 0             # frames of the clip they lie within; 0: the teacher's choice
 
     def __post_init__(self):
         at_least(vars(self), beta_img=0, beta_vid=0, image_frames=1, video_frames=0, window=0)
@@ -57,7 +57,7 @@ class Objective:
 def video_frames_of(cfg:Objective, # may leave the number open
                     reward,        # the video reward, or `None`
                    )->int:         # 1 or more
-    "Return the number of frames of the video reward; raise `UserError` if it cannot be"
+    "Return the video reward's number of frames; raise `UserError` if the setting does not fit"
     return agreed_frames(frames_wanted(reward), cfg.video_frames) or 4
 
 # %% ../nbs/12_distill.ipynb #fc45728a

@@ -160,7 +160,7 @@ def fold_layer(net:nn.Module,   # a denoiser with LoRA
 @torch.no_grad()
 def fold(net:nn.Module, # a denoiser with LoRA; changed in place
         )->nn.Module:  # the same, frozen
-    "Fold all LoRA into the weights, and remove `peft`"
+    "Fold all LoRA into the weights, and remove all traces of `peft`"
     for name, m in list(net.named_modules()):
         if isinstance(m, BaseTunerLayer): fold_layer(net, name)
     proj = next(m for m in net.modules() if isinstance(m, WProjection))

@@ -39,7 +39,7 @@ def tokenize(tokenizer,         # any `transformers` tokenizer
 class Teacher(nn.Module):
     "A text-to-video diffusion model as the recipe sees it; clips and latents are `(b c t h w)`"
     window:int = 0 # a step's rewards see frames within this many; 0: any frames
-    if TYPE_CHECKING: # for type checkers; written below
+    if TYPE_CHECKING: # written below
         denoiser:Any; vae:Any; text_encoder:Any; latent_shape:tuple; video_shape:tuple
         latent_mean:Tensor; latent_std:Tensor; device:torch.device
         def encode_text(self, prompts:list)->Tensor: ...
