@@ -19,10 +19,10 @@ from .solver import ddim_grid
 
 # %% ../nbs/05_consistency.ipynb #6ed4bb01
 def boundary(t:Tensor,                      # timesteps (b,)
-             sigma_data:float=.5,           # where the two coefficients trade places
+             sigma_data:float=.5,           # where the coefficients trade places
              timestep_scaling:float=10.,    # lambda, multiplies `t` first
             ):                              # (c_skip, c_out), float32, each (b,)
-    "The boundary coefficients of the consistency function, T2V-Turbo eq. 5"
+    "Return the boundary coefficients of the consistency function, T2V-Turbo eq. 5"
     lt = timestep_scaling*t.float()
     return sigma_data**2/(lt**2 + sigma_data**2), lt/(lt**2 + sigma_data**2).sqrt()
 
@@ -30,14 +30,14 @@ def consistency_fn(zt:Tensor, # noisy latents (b, ...)
                    x0:Tensor, # the network's data prediction (b, ...)
                    t:Tensor,  # timesteps (b,)
                   )->Tensor:  # estimated end of the curve, float32
-    "f = c_skip zt + c_out x0, T2V-Turbo eq. 5"
+    "Compute f = c_skip zt + c_out x0, T2V-Turbo eq. 5"
     c_skip, c_out = [expand_to(c.to(zt.device), zt) for c in boundary(t)]
     return c_skip*zt.float() + c_out*x0.float()
 
 # %% ../nbs/05_consistency.ipynb #0d506dc2
 def w_frequencies(half:int, # how many
                  )->Tensor: # (half,) float32, from 1 down to 1e-4
-    "The frequencies of `w_embedding`, the same to the last bit on every machine"
+    "Return the frequencies of `w_embedding`, the same to the last bit on every machine"
     x = torch.arange(half)*-torch.tensor(math.log(1e4)/(half-1))
     freq = x.double().exp().float()
     if half == 128: freq[4] = torch.nextafter(freq[4], freq[5]) # as recorded, see above
@@ -46,7 +46,7 @@ def w_frequencies(half:int, # how many
 def w_embedding(w:Tensor,    # guidance scales (b,), 0 is no guidance
                 dim:int=256, # width, even
                )->Tensor:    # (b, dim) float32
-    "Sinusoidal code of the guidance scale, sines first"
+    "Embed the guidance scale as sines, then cosines"
     x = 1000*w.float()[:, None]*w_frequencies(dim//2).to(w.device)
     return torch.cat([x.sin(), x.cos()], 1)
 
@@ -55,16 +55,16 @@ def pseudo_huber(pred:Tensor,   # (b, ...)
                  target:Tensor, # (b, ...)
                  c:float=1e-3,  # where the square turns into the absolute value
                 )->Tensor:      # (b,) float32, mean over all axes but the first
-    "Pseudo-Huber distance per sample, the d of T2V-Turbo eq. 6"
+    "Compute the pseudo-Huber distance per sample, the d of T2V-Turbo eq. 6"
     d = pred.float() - target.float()
     return ((d**2 + c**2).sqrt() - c).flatten(1).mean(1)
 
 # %% ../nbs/05_consistency.ipynb #4739183a
-def cd_loss(f_student:Tensor, # student's answer at t (b, ...)
-            f_target:Tensor,  # target's answer at the solver's next point (b, ...)
+def cd_loss(f_student:Tensor, # student's prediction at t (b, ...)
+            f_target:Tensor,  # target's, at the solver's next point (b, ...)
             c:float=1e-3,     # constant of `pseudo_huber`
            )->Tensor:         # (b,) float32
-    "The consistency-distillation loss, T2V-Turbo eq. 6; no gradient reaches the target"
+    "Compute the consistency-distillation loss, T2V-Turbo eq. 6; no gradient reaches the target"
     return pseudo_huber(f_student, f_target.detach(), c)
 
 # %% ../nbs/05_consistency.ipynb #1ce14063
@@ -72,7 +72,7 @@ def few_step_grid(n:int,         # sampling steps, 1 to `origin`
                   origin:int=50, # timesteps of the grid used in training
                   T:int=1000,    # timesteps of the schedule
                  )->list[int]:   # n timesteps, descending
-    "The timesteps of few-step sampling: every origin//n-th of the training grid from the top"
+    "Return the sampling timesteps: every origin//n-th of the training grid, from the top"
     if not 1 <= n <= origin:
         raise UserError(f"{n} sampling steps are not possible: choose 1 to {origin}")
     return ddim_grid(origin, T).flip(0)[::origin//n][:n].tolist()
@@ -84,7 +84,7 @@ def few_step_sample(f,                 # consistency function (z (b, ...), t (b,
                     schedule:Schedule, # the forward process
                     noise,             # callable, step number i -> fresh noise like `z`
                    ):                  # yields (t, denoised, z_next)
-    "Jump to the end, noise back, jump again; the last `denoised` is the sample"
+    "Jump to the end, add noise, jump again; the last `denoised` is the sample"
     at = lambda t: torch.full((len(z),), t, device=z.device)
     for i, t in enumerate(steps):
         z = denoised = f(z, at(t))

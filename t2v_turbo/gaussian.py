@@ -27,17 +27,17 @@ class Gaussian:
         return alpha*self.mean, sigma, (alpha**2*self.std**2 + sigma**2).sqrt()
 
     def eps(self, zt:Tensor, t:Tensor)->Tensor:
-        "The perfect noise prediction for `zt` (b, ...) at `t` (b,)"
+        "Return the perfect noise prediction for `zt` (b, ...) at `t` (b,)"
         m, sigma, v = self._stats(t, zt)
         return sigma*(zt - m)/v**2
 
     def flow(self, zt:Tensor, t:Tensor, s:Tensor)->Tensor:
-        "The exact probability-flow ODE from `t` (b,) to `s` (b,), T2V-Turbo eq. 1"
+        "Solve the probability-flow ODE exactly from `t` (b,) to `s` (b,), T2V-Turbo eq. 1"
         (mt, _, vt), (ms, _, vs) = self._stats(t, zt), self._stats(s, zt)
         return ms + vs*(zt - mt)/vt
 
     def consistency(self, zt:Tensor, t:Tensor)->Tensor:
-        "The exact consistency map from `t` (b,) to clean data, where sigma is 0"
+        "Map exactly from `t` (b,) to clean data, where sigma is 0"
         m, _, v = self._stats(t, zt)
         return self.mean + self.std*(zt - m)/v
 
@@ -68,11 +68,11 @@ class Mixture:
         return (1-a).sqrt()/v2*(logits.softmax(1)[..., None]*diff).sum(1)
 
     def eps(self, zt:Tensor, t:Tensor, label=None)->Tensor:
-        "The perfect noise prediction for `zt` (b, d), given labels (b,) or without"
+        "Return the perfect noise prediction for `zt` (b, d), with labels (b,) or without"
         return self._eps(zt, self.schedule.abar[t][:, None], label)
 
     def flow(self, zt:Tensor, t:Tensor, s:Tensor, label=None, steps:int=200)->Tensor:
-        "The probability-flow ODE from `t` (b,) to `s` (b,), by `steps` Heun steps"
+        "Solve the probability-flow ODE from `t` (b,) to `s` (b,) in `steps` Heun steps"
         lo, hi = [(1/self.schedule.abar[u] - 1).log()/2 for u in (t, s)]   # log(sigma/alpha)
         rho = torch.lerp(lo, hi, torch.linspace(0, 1, steps+1)[:, None]).exp()[..., None]
         x, f = zt*(1+rho[0]**2).sqrt(), lambda x, r: self._eps(x/(1+r*r).sqrt(), 1/(1+r*r), label)

@@ -19,7 +19,7 @@ def vp_abar(beta_start:float=.00085, # noise variance of the first step
             beta_end:float=.012,     # noise variance of the last step
             T:int=1000,              # number of timesteps
            )->Tensor:                # signal power abar (T,) float32, falling
-    "Signal power of the scaled-linear VP schedule, where sqrt(beta) grows linearly"
+    "Return the signal power of the scaled-linear VP schedule, where sqrt(beta) grows linearly"
     beta = torch.linspace(beta_start**.5, beta_end**.5, T, dtype=torch.float32)**2
     return (1 - beta).cumprod(0)
 
@@ -32,34 +32,34 @@ class Forward:
 
     @classmethod
     def from_diffusers(cls, scheduler): # a diffusers scheduler with `alphas_cumprod`
-        "The forward process of a diffusers scheduler"
+        "Take the forward process of a diffusers scheduler"
         if not hasattr(scheduler, "alphas_cumprod"):
             raise UserError(f"{type(scheduler).__name__} has no alphas_cumprod: give the scheduler "
                             "of a variance-preserving model, such as DDIMScheduler")
         return cls(scheduler.alphas_cumprod.float())
 
     def to(self, device): # a torch device
-        "The same process on another device"
+        "Move the process to another device"
         return type(self)(self.abar.to(device))
 
     def __len__(self): return len(self.abar)
 
     def time(self, t:Tensor)->Tensor:
-        "What the network is told at `t`: here `t` itself"
+        "Return the network's time input at `t`: here `t` itself"
         return t
 
     def alpha_sigma(self, t:Tensor, like:Tensor):
-        "Scale of signal and of noise at `t`, float32, each (b, 1, .., 1) to broadcast over `like`"
+        "Return the scales of signal and noise at `t`, float32 (b, 1, .., 1), for `like`"
         a = expand_to(self.abar.to(like.device)[t.to(like.device)], like)
         return a.sqrt(), (1-a).sqrt()
 
     def add_noise(self, z0:Tensor, noise:Tensor, t:Tensor)->Tensor:
-        "One jump from clean data to `t`: alpha z0 + sigma noise, in the dtype of `z0`"
+        "Jump from clean data to `t`: alpha z0 + sigma noise, in the dtype of `z0`"
         alpha, sigma = self.alpha_sigma(t, z0)
         return (alpha*z0.float() + sigma*noise.float()).to(z0.dtype)
 
     def v(self, z0:Tensor, noise:Tensor, t:Tensor)->Tensor:
-        "Velocity alpha noise - sigma z0, which a v-prediction network is trained to give"
+        "Return the velocity alpha noise - sigma z0, the target of a v-prediction network"
         alpha, sigma = self.alpha_sigma(t, z0)
         return alpha*noise.float() - sigma*z0.float()
 
@@ -68,22 +68,22 @@ class Schedule(Forward):
     "A VP forward process and the conversions between noise, data and velocity predictions"
 
     def x0_from_eps(self, zt:Tensor, eps:Tensor, t:Tensor)->Tensor:
-        "(zt - sigma eps) / alpha"
+        "Convert noise to data: (zt - sigma eps) / alpha"
         alpha, sigma = self.alpha_sigma(t, zt)
         return (zt.float() - sigma*eps.float()) / alpha
 
     def eps_from_x0(self, zt:Tensor, x0:Tensor, t:Tensor)->Tensor:
-        "(zt - alpha x0) / sigma"
+        "Convert data to noise: (zt - alpha x0) / sigma"
         alpha, sigma = self.alpha_sigma(t, zt)
         return (zt.float() - alpha*x0.float()) / sigma
 
     def x0_eps(self,
-               zt:Tensor,  # what the network saw (b, ...)
-               out:Tensor, # what it said, like `zt`
+               zt:Tensor,  # the network's input (b, ...)
+               out:Tensor, # its output, like `zt`
                t:Tensor,   # timesteps (b,)
                kind:str,   # 'epsilon', 'v_prediction' or 'sample', as in diffusers
               ):           # (x0, eps), float32
-        "Data and noise from any kind of prediction"
+        "Convert any kind of prediction to data and noise"
         if kind == "epsilon": return self.x0_from_eps(zt, out, t), out.float()
         if kind == "sample": return out.float(), self.eps_from_x0(zt, out, t)
         if kind != "v_prediction":

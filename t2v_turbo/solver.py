@@ -22,43 +22,43 @@ def ddim_step(schedule:Schedule, # the forward process
               eps:Tensor,        # noise prediction (b, ...)
               s:Tensor,          # timesteps to arrive at (b,)
              )->Tensor:          # z at `s`
-    "One DDIM step, T2V-Turbo eq. 11: mix data and noise again in other proportions"
+    "Take one DDIM step, T2V-Turbo eq. 11: mix data and noise in the proportions of `s`"
     return schedule.add_noise(x0, eps, s)
 
 # %% ../nbs/04_solver.ipynb #c62645bc
 def ddim_grid(n:int=50,   # timesteps on the grid
               T:int=1000, # timesteps of the schedule
              )->Tensor:   # (n,) int64, ascending; the last is T-1
-    "The solver's timesteps t_i = floor(T(i+1)/n) - 1"
+    "Return the solver's timesteps t_i = floor(T(i+1)/n) - 1"
     if not 1 <= n <= T: raise UserError(f"a grid of {n} timesteps does not exist: choose 1 to {T}")
     return torch.arange(1, n+1)*T//n - 1
 
 # %% ../nbs/04_solver.ipynb #0de0c395
 @dataclass(frozen=True)
 class DDIM:
-    "The DDIM solver on a grid of `n` timesteps; a step goes from one to the one below"
+    "The DDIM solver on a grid of `n` timesteps; a step goes to the timestep below"
     schedule:Schedule # the forward process
     n:int=50          # timesteps on the grid
 
     @property
     def grid(self): return ddim_grid(self.n, len(self.schedule))
     @property
-    def k(self): return len(self.schedule)//self.n # a step, where n divides T; else a bit less
+    def k(self): return len(self.schedule)//self.n # timesteps per step, rounded down
 
     def t(self, index:Tensor)->Tensor:
-        "Timestep of grid point `index` (b,)"
+        "Return the timestep of grid point `index` (b,)"
         return self.grid.to(index.device)[index]
 
     def t_prev(self, index:Tensor)->Tensor:
-        "Timestep at which a step from grid point `index` (b,) arrives: the one below, or 0"
+        "Return the timestep after a step from grid point `index` (b,): the next below, or 0"
         return self.t((index - 1).clamp_min(0)) * (index > 0)
 
     def step(self, x0:Tensor, eps:Tensor, index:Tensor)->Tensor:
-        "One step from grid point `index` (b,) towards the data"
+        "Step from grid point `index` (b,) towards the data"
         return ddim_step(self.schedule, x0, eps, self.t_prev(index))
 
     def invert(self, z_prev:Tensor, eps:Tensor, t:Tensor)->Tensor:
-        "The step backwards: from `z_prev` to the grid's timestep `t` (b,), given the noise"
+        "Step backwards, from `z_prev` to the grid's timestep `t` (b,), given the noise"
         index = torch.searchsorted(self.grid.to(t.device), t)
         x0 = self.schedule.x0_from_eps(z_prev, eps, self.t_prev(index))
         return ddim_step(self.schedule, x0, eps, t)
@@ -68,7 +68,7 @@ def guide(cond:Tensor,   # prediction with the prompt (b, ...)
           uncond:Tensor, # prediction without (b, ...)
           w,             # guidance scale, a number or (b,); 0 is no guidance
          )->Tensor:      # guided prediction
-    "Classifier-free guidance cond + w (cond - uncond)"
+    "Guide a prediction: cond + w (cond - uncond)"
     if isinstance(w, Tensor): w = expand_to(w.to(cond), cond)
     return cond + w*(cond - uncond)
 
@@ -80,11 +80,12 @@ def both_preds(denoise,     # the teacher
                cond:Tensor, # context of the prompts (b, ...)
                null:Tensor, # context of the empty prompt, (b, ...) or (1, ...)
               ):            # x0 with and without the prompt, eps with and without it
-    "Both questions to the teacher, in one call with a batch of 2b"
+    "Predict with the prompt and without it, in one call with a batch of 2b"
     ctx = torch.cat([cond, null.expand_as(cond)])
     x0, eps = denoise(torch.cat([zt, zt]), torch.cat([t, t]), ctx)
     return x0.chunk(2), eps.chunk(2)
 
+# %% ../nbs/04_solver.ipynb #966f1b5f
 def guided_pred(denoise,     # the teacher
                 zt:Tensor,   # noisy latents (b, ...)
                 t:Tensor,    # timesteps (b,)
@@ -92,7 +93,7 @@ def guided_pred(denoise,     # the teacher
                 cond:Tensor, # context of the prompts (b, ...)
                 null:Tensor, # context of the empty prompt, (b, ...) or (1, ...)
                ):            # guided (x0, eps)
-    "Guided data and noise, from one call with a batch of 2b"
+    "Predict guided data and noise, in one call with a batch of 2b"
     x0, eps = both_preds(denoise, zt, t, cond, null)
     return guide(*x0, w), guide(*eps, w)
 
@@ -105,7 +106,7 @@ def guided_step(ddim:DDIM,    # solver with its grid
                 cond:Tensor,  # context of the prompts (b, ...)
                 null:Tensor,  # context of the empty prompt, (b, ...) or (1, ...)
                )->Tensor:     # latents at `ddim.t_prev(index)`
-    "The CFG-augmented solver step, T2V-Turbo eq. 7"
+    "Take the CFG-augmented solver step, T2V-Turbo eq. 7"
     return ddim.step(*guided_pred(denoise, zt, ddim.t(index), w, cond, null), index)
 
 # %% ../nbs/04_solver.ipynb #bc8bfb21
@@ -114,16 +115,17 @@ def to_v(schedule:Forward, # the forward process
          eps:Tensor,       # noise prediction (b, ...)
          t:Tensor,         # timesteps (b,)
         )->Tensor:         # velocity, like x0
-    "alpha eps - sigma x0"
+    "Convert data and noise to velocity: alpha eps - sigma x0"
     alpha, sigma = schedule.alpha_sigma(t, x0)
     return alpha*eps - sigma*x0
 
+# %% ../nbs/04_solver.ipynb #ba5e262c
 def from_v(schedule:Forward, # the forward process
            zt:Tensor,        # noisy latents (b, ...)
            v:Tensor,         # velocity, like zt
            t:Tensor,         # timesteps (b,)
           ):                 # (x0, eps)
-    "The inverse of `to_v`, given zt = alpha x0 + sigma eps"
+    "Invert `to_v`, given zt = alpha x0 + sigma eps"
     alpha, sigma = schedule.alpha_sigma(t, zt)
     n = alpha**2 + sigma**2
     return (alpha*zt - sigma*v)/n, (sigma*zt + alpha*v)/n
@@ -138,16 +140,16 @@ class TeacherAnswer:
     slope:Tensor # like `v`: velocity with the prompt minus without it; w multiplies this
 
     def step(self, ddim:DDIM, w:Tensor)->Tensor:
-        "The guided solver step to `ddim.t_prev(index)` for any w (b,), T2V-Turbo eq. 7"
+        "Take the guided solver step to `ddim.t_prev(index)` for any w (b,), T2V-Turbo eq. 7"
         v = self.v + expand_to(w, self.v)*self.slope
         return ddim.step(*from_v(ddim.schedule, self.zt, v, ddim.t(self.index)), self.index)
 
     def __getitem__(self, rows)->"TeacherAnswer": # a slice, or indices
-        "Some of the samples"
+        "Select samples"
         return TeacherAnswer(*(x[rows] for x in vars(self).values()))
 
     def to(self, device)->"TeacherAnswer": # a torch device
-        "The same tensors on another device"
+        "Move the tensors to another device"
         return TeacherAnswer(*(x.to(device) for x in vars(self).values()))
 
 # %% ../nbs/04_solver.ipynb #0cafa4a1

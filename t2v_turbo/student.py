@@ -27,18 +27,19 @@ from .teachers.base import Teacher
 
 # %% ../nbs/11_student.ipynb #f80030cc
 class WProjection(nn.Linear):
-    "A linear layer in float32 that answers in the precision it was asked in"
+    "A float32 linear layer whose output has the precision of its input"
     def forward(self, x:Tensor)->Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
 
 # %% ../nbs/11_student.ipynb #f936a469
 def check_bare(teacher:Teacher): # any
-    "Refuse a teacher that already carries a student"
+    "Raise `UserError` if a teacher already carries a student"
     if getattr(teacher.denoiser, "peft_config", None):
         raise UserError(f"teacher {teacher.name!r} already carries a student: load it anew")
 
+# %% ../nbs/11_student.ipynb #af7505d8
 def check_peft():
-    "Refuse a torchao that PEFT cannot work with, before anything is loaded"
+    "Raise `UserError` for a torchao that PEFT cannot use, before anything is loaded"
     from peft import import_utils
     try: getattr(import_utils, "is_torchao_available", bool)()
     except ImportError:
@@ -68,31 +69,33 @@ class Student(nn.Module):
         check_bare(teacher)
         self.fingerprints = teacher.fingerprints()
         self.teacher, self.rank = teacher, rank
-        self.whole = []       # tensors besides LoRA and w-projection; only published students have
-        self.sampling = {}    # how it is sampled, where that is not as its teacher suggests
+        self.whole = []       # tensors besides LoRA and w-projection, of published students only
+        self.sampling = {}    # sampling settings that differ from its teacher's
         self.config = config or LoraConfig(r=rank, lora_alpha=rank,
                                            target_modules=teacher.lora_targets())
         with seeded(seed):
             inject_adapter_in_model(self.config, teacher.denoiser, "default",
                                     low_cpu_mem_usage=empty)
         self.w_projection.requires_grad_(True).__class__ = WProjection
-        cast_training_params(teacher.denoiser)   # to float32, whatever the teacher is held in
+        cast_training_params(teacher.denoiser)   # to float32, whatever the teacher's precision
 
 # %% ../nbs/11_student.ipynb #ba4d3a94
 @patch(as_prop=True)
 def w_projection(self:Student)->nn.Module:
-    "The layer through which the guidance scale enters"
+    "Return the layer through which the guidance scale enters"
     return next(m for n, m in self.teacher.denoiser.named_modules() if n.endswith("cond_proj"))
 
+# %% ../nbs/11_student.ipynb #5fa0fa1d
 @patch
 def trainable(self:Student)->dict:
-    "Names and parameters that training changes: LoRA and the w-projection"
+    "Return names and parameters that training changes: LoRA and the w-projection"
     return {n: p for n, p in self.teacher.denoiser.named_parameters() if p.requires_grad}
 
+# %% ../nbs/11_student.ipynb #0b0797e7
 @patch
 @contextmanager
 def as_teacher(self:Student):
-    "Within this context the adapters are off: the denoiser is the teacher again"
+    "Switch the adapters off inside the context: the denoiser is the teacher again"
     layers = [m for m in self.teacher.denoiser.modules() if isinstance(m, BaseTunerLayer)]
     for m in layers: m.enable_adapters(False)
     try: yield self.teacher
@@ -108,7 +111,7 @@ def forward(self:Student,
             ctx:Tensor,  # text context `(b n d)`
             w:Tensor,    # guidance scales `(b,)`, 0 is no guidance
            )->Tensor:    # one-step prediction of the clean latents, like `zt`
-    "The consistency function, eq. 5"
+    "Evaluate the consistency function, eq. 5"
     x0, _ = self.teacher.denoise(zt, t, ctx, w_embedding(w))
     return consistency_fn(zt, x0, t)
 
@@ -120,7 +123,7 @@ def fold_lora(W:Tensor,     # weight of a linear or convolution layer `(o i ...)
               scale:float,  # of the product
               piece:int=2**18, # numbers of the sum in memory at a time
              )->None:
-    "$W$ + scale $BA$ in float32, rounded once to the precision of $W$; a few rows at a time"
+    "Add scale $BA$ to $W$ in float32, a few rows at a time; round once to the precision of $W$"
     A, B = (x.flatten(1).to(W.device, torch.float32) for x in (A, B))
     step = min(len(W), max(1, piece // A.shape[1]))
     buffer = torch.empty(step, A.shape[1], device=W.device)
@@ -131,16 +134,16 @@ def fold_lora(W:Tensor,     # weight of a linear or convolution layer `(o i ...)
 
 # %% ../nbs/11_student.ipynb #9a7c925f
 def _is_plain(m):
-    "Whether a layer of PEFT is $W + BA$ and no variant of it"
+    "Return whether a PEFT layer is $W + BA$ and no variant of it"
     base, extra = m.get_base_layer(), [*m.lora_variant, *filter(None, m.lora_bias.values())]
     return (isinstance(base, (nn.Linear, _ConvNd)) and m.active_adapters == ["default"]
             and not extra and not m.merged and getattr(base, "groups", 1) == 1)
 
 def fold_layer(net:nn.Module,   # a denoiser with LoRA
                name:str,        # of the layer
-               state:dict|None=None, # its LoRA, and its own weight if that is new; `None`: as it is
+               state:dict|None=None, # its LoRA, and its weight if new; `None`: unchanged
               )->None:
-    "Fold the LoRA of one layer into its weight, in place; from `state` if that is not `None`"
+    "Fold the LoRA of one layer, or of `state`, into its weight, in place"
     m, (parent, _, child) = net.get_submodule(name), name.rpartition(".")
     if not _is_plain(m):
         if state: m.load_state_dict(state, strict=False, assign=True)
@@ -157,7 +160,7 @@ def fold_layer(net:nn.Module,   # a denoiser with LoRA
 @torch.no_grad()
 def fold(net:nn.Module, # a denoiser with LoRA; changed in place
         )->nn.Module:  # the same, frozen
-    "Fold all LoRA into the weights, and leave no trace of `peft`"
+    "Fold all LoRA into the weights, and remove all traces of `peft`"
     for name, m in list(net.named_modules()):
         if isinstance(m, BaseTunerLayer): fold_layer(net, name)
     proj = next(m for m in net.modules() if isinstance(m, WProjection))
@@ -166,7 +169,8 @@ def fold(net:nn.Module, # a denoiser with LoRA; changed in place
     del net.peft_config
     return net.requires_grad_(False).eval()
 
+# %% ../nbs/11_student.ipynb #6c5d0816
 @patch
 def merged(self:Student)->nn.Module: # a copy of the denoiser; the student stays as it is
-    "The denoiser with LoRA folded in"
+    "Return the denoiser with LoRA folded in"
     return fold(copy.deepcopy(self.teacher.denoiser))

@@ -29,7 +29,7 @@ def _zeroed(layer):
 
 # %% ../../nbs/08_tiny_teacher.ipynb #7d4c2caf
 class TinyVideoDenoiser(WanTransformer3DModel):
-    "A `WanTransformer3DModel`, called like `UNet3DConditionModel`, that knows the guidance scale"
+    "A `WanTransformer3DModel` with a guidance input, called like `UNet3DConditionModel`"
     ignore_for_config = ["cross_attn_norm", "qk_norm", "eps", "image_dim", "added_kv_proj_dim",
                          "pos_embed_seq_len"]   # of the parent; they keep its defaults
     @register_to_config
@@ -61,7 +61,7 @@ class TinyVideoDenoiser(WanTransformer3DModel):
                 timestep_cond:Tensor|None=None,     # guidance embedding `(b 256)`
                 return_dict:bool=True,         # as everywhere in diffusers
                ):
-        "Velocity prediction; mean text and guidance join the time, places the patches"
+        "Predict the velocity; mean text and guidance join the time, places the patches"
         ctx, first = encoder_hidden_states, self.condition_embedder.time_embedder.linear_1
         add = self.text_pool(ctx.mean(1))
         if timestep_cond is not None: add = add + self.cond_proj(timestep_cond)
@@ -79,7 +79,7 @@ def _add_places(self:TinyVideoDenoiser, module, inputs, y):
 
 # %% ../../nbs/08_tiny_teacher.ipynb #aca2cca8
 def tiny_tokenizer()->PreTrainedTokenizerFast:
-    "One token a word, padded to 8, with begin and end tokens"
+    "Build the tokenizer: one token a word, padded to 8, with begin and end tokens"
     special = ["<pad>", "<unk>", "<bos>", "<eos>"]
     words = special + ["a", "moving", *COLOURS, *SHAPES, *MOTIONS]
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
@@ -94,15 +94,16 @@ def tiny_tokenizer()->PreTrainedTokenizerFast:
 def tiny_vae(latents_mean:list|None=None, # mean of each latent channel, length 4
              latents_std:list|None=None,  # standard deviation of each latent channel
             )->AutoencoderKL:
-    "A frame-wise VAE: 32x32x3 to 8x8x4"
+    "Build a frame-wise VAE: 32x32x3 to 8x8x4"
     return AutoencoderKL(
         block_out_channels=(16, 32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8,
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         sample_size=32, mid_block_add_attention=False,
         latents_mean=latents_mean, latents_std=latents_std)
 
+# %% ../../nbs/08_tiny_teacher.ipynb #537151e7
 def tiny_text_encoder()->CLIPTextModel:
-    "Two layers, 64 wide, 8 tokens; random, with the words far apart, and frozen"
+    "Build a frozen random encoder with words far apart: two layers, 64 wide, 8 tokens"
     net = CLIPTextModel(CLIPTextConfig(
         vocab_size=21, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=8,
@@ -110,8 +111,9 @@ def tiny_text_encoder()->CLIPTextModel:
     nn.init.normal_(net.get_input_embeddings().weight, std=.5)
     return net.requires_grad_(False).eval()
 
+# %% ../../nbs/08_tiny_teacher.ipynb #bd2e7f47
 def tiny_scheduler()->DDIMScheduler:
-    "The schedule of ModelScopeT2V and VideoCrafter2 at zero terminal SNR, with v-prediction"
+    "Build the schedule of ModelScopeT2V and VideoCrafter2 at zero terminal SNR, v-prediction"
     return DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
                          prediction_type="v_prediction", clip_sample=False,
                          rescale_betas_zero_snr=True, set_alpha_to_one=False, steps_offset=1)
@@ -135,7 +137,7 @@ def load_teacher(name:str|Path="tiny", # `"tiny"`, or a folder written by `save_
 
 # %% ../../nbs/08_tiny_teacher.ipynb #8a45b208
 def save_teacher(teacher:Teacher, # a teacher of this notebook's classes
-                 folder:str|Path, # where to; made if it is not there
+                 folder:str|Path, # created if missing
                  half:bool=True,  # store the denoiser in float16
                 )->None:
     "Write a teacher as a diffusers folder, without pickle"
