@@ -27,7 +27,7 @@ from .student import Student
 # %% ../nbs/12_distill.ipynb #0de0c395
 @dataclass(frozen=True)
 class Objective:
-    "What is minimised, eq. 10"
+    "The loss to minimise, eq. 10, as settings"
     k:int = 20                 # solver skip, in timesteps; divides 1000
     w_min:float = 1.           # guidance scales are drawn from [w_min, w_max]; 0 is no guidance
     w_max:float = 3.
@@ -36,7 +36,7 @@ class Objective:
     beta_vid:float = 1.        # weight of the video reward, >= 0
     shape:str = "log_sigmoid"  # how a score becomes an objective: log_sigmoid or raw
     image_frames:int = 2       # M, frames the image reward sees
-    video_frames:int = 0       # frames the video reward sees; 0: as many as it looks at, else 4
+    video_frames:int = 0       # frames the video reward sees; 0: its own number, else 4
     window:int = 0             # frames of the clip they lie within; 0: the teacher's choice
 
     def __post_init__(self):
@@ -51,24 +51,24 @@ class Objective:
             raise UserError(f"reward shape {self.shape!r}: give one of {', '.join(SHAPES_OF_J)}")
 
     def as_published(self)->"Objective":
-        "Raw rewards, weighted as in the published 8-process run: 1 : beta_img : beta_vid/3"
+        "Use raw rewards, weighted as in the published 8-process run: 1 : beta_img : beta_vid/3"
         return replace(self, shape="raw", beta_vid=self.beta_vid/3)
 
 # %% ../nbs/12_distill.ipynb #2a32f4ab
 def video_frames_of(cfg:Objective, # may leave the number open
                     reward,        # the video reward, or `None`
                    )->int:         # 1 or more
-    "Return how many frames the video reward sees; refuse a number that it does not look at"
+    "Return the video reward's number of frames; raise `UserError` if the setting does not fit"
     return agreed_frames(frames_wanted(reward), cfg.video_frames) or 4
 
 # %% ../nbs/12_distill.ipynb #fc45728a
 def window_of(cfg:Objective, # its numbers of frames are known
               teacher,       # its clip and its own window
              )->int:         # frames
-    "Return the size of the window; refuse more frames than it, or the clip, has"
+    "Return the size of the window; raise `UserError` for more frames than it, or the clip, has"
     t = teacher.video_shape[1]
     size = cfg.window or min(teacher.window or t, t)
-    window_start(t, size, 0)                              # refuses a window longer than the clip
+    window_start(t, size, 0)                              # raises for a window longer than the clip
     for name, beta in (("image_frames", cfg.beta_img), ("video_frames", cfg.beta_vid)):
         n = getattr(cfg, name)
         if not beta or n <= size: continue
@@ -92,15 +92,15 @@ class Draw:
         def resolve(self, t:int, cfg:Objective, size:int=0)->"Draw": ...
 
     def rows(self, s:slice)->"Draw":
-        "The part of a batch that one process works on"
+        "Select the part of a batch for one process"
         return replace(self, noise=self.noise[s], index=self.index[s], w=self.w[s])
 
     def to(self, device)->"Draw":
-        "The same numbers on another device; keys and frames stay where they are"
+        "Move the numbers to another device, but not keys and frames"
         return replace(self, **{n: getattr(self, n).to(device) for n in ("noise", "index", "w")})
 
 # %% ../nbs/12_distill.ipynb #1a54a5c5
-def draw(cfg:Objective,       # what is drawn from
+def draw(cfg:Objective,       # ranges to draw from
          shape:tuple,         # of the latents `(b, c, t, h, w)`
          gen:torch.Generator, # CPU generator
         )->Draw:
@@ -138,9 +138,9 @@ class Distillation(nn.Module):
 
     def __init__(self,
                  student:Student, # adapters, w-projection and, below them, the teacher
-                 cfg:Objective,   # what is minimised
-                 image_reward:nn.Module|None=None, # may be left out if beta_img is 0
-                 video_reward:nn.Module|None=None, # may be left out if beta_vid is 0
+                 cfg:Objective,   # the loss to minimise
+                 image_reward:nn.Module|None=None, # optional if beta_img is 0
+                 video_reward:nn.Module|None=None, # optional if beta_vid is 0
                 ):
         super().__init__()
         for n, rm in (("beta_img", image_reward), ("beta_vid", video_reward)):
@@ -159,7 +159,7 @@ def ask_teacher(self:Distillation,
                 null:Tensor,   # context of the null prompt `(b n d)`
                 d:Draw,        # the step's random numbers
                )->tuple:       # zt and z_prev, each `(b c t h w)`
-    "Noise the latents, and let the teacher take one guided solver step (eq. 7)"
+    "Add noise to the latents, and take the teacher's guided solver step (eq. 7)"
     zt = self.student.teacher.schedule.add_noise(z0, d.noise, self.ddim.t(d.index))
     with self.student.as_teacher() as teacher, self.phase("teacher"):
         return zt, guided_step(self.ddim, teacher.denoise, zt, d.index, d.w, ctx, null)
@@ -171,7 +171,7 @@ def rewards(self:Distillation,
             prompts:list,  # captions, `list[str]`
             d:Draw,        # keys of the frames, or the frames
            )->tuple:       # J_img, J_vid, R_img, R_vid, each `(b,)`
-    "Both rewards from one differentiable decode of the frames that either needs"
+    "Compute both rewards from one differentiable decode of the frames that either needs"
     cfg, zero, teacher = self.cfg, x0.new_zeros(len(x0)), self.student.teacher
     d = d.resolve(teacher.video_shape[1], cfg, self.window)
     wanted = ((d.image_frames, cfg.beta_img), (d.video_frames, cfg.beta_vid))
@@ -193,7 +193,7 @@ def rewards(self:Distillation,
 # %% ../nbs/12_distill.ipynb #f8a7f33b
 @dataclass(frozen=True)
 class StepOut:
-    "What a step returns, per sample `(b,)`; terms that were not computed are zero"
+    "The result of a step, per sample `(b,)`; terms that were not computed are zero"
     loss:Tensor   # L, with gradient
     cd:Tensor     # L_CD
     j_img:Tensor  # J_img, a mean over M frames
@@ -211,10 +211,10 @@ def forward(self:Distillation,
             prompts:list,  # captions, `list[str]`
             d:Draw,        # the step's random numbers
             target_weights=nullcontext, # context in which the student is the target
-            pair:TeacherAnswer|None=None, # from a cache; then `z0` and `null` are not used
+            pair:TeacherAnswer|None=None, # from a cache; replaces `z0` and `null`
            )->StepOut:
-    "L = L_CD - beta_img J_img - beta_vid J_vid (eq. 10), per sample"
-    index = d.index if pair is None else pair.index            # a cache keeps its own
+    "Compute L = L_CD - beta_img J_img - beta_vid J_vid (eq. 10), per sample"
+    index = d.index if pair is None else pair.index            # a cache has its own
     t, t_prev = self.ddim.t(index), self.ddim.t_prev(index)
     with torch.no_grad():
         if pair is not None: zt, z_prev = pair.zt, pair.step(self.ddim, d.w)
