@@ -382,7 +382,7 @@ def from_pretrained(cls,
     if (at / "student.json").is_file():
         refuse("a student", "dtype", *_SIZES)
         student = load_merged(at, dtype, **_some(given))
-        return cls._of(student.teacher, student.teacher.denoiser, student.sampling)
+        return cls._of(student.teacher, student.teacher.denoiser, own_sampling(student))
     if not (at / "model_index.json").is_file():
         near = student_inside(at) or "give a folder written by `distill` or by save_pretrained"
         raise UserError(f"{str(at)!r} holds neither student.json nor model_index.json: {near}")

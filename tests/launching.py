@@ -13,7 +13,7 @@ from t2v_turbo.core import _frames_u8
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-SMALL = ["--steps", "4", "--batch", "4", "--rank", "2", "--save_every", "2", "--track", ""]
+SMALL = ["--steps", "4", "--batch", "4", "--rank", "2", "--save_every", "2", "--repeats", "1", "--track", ""]
 
 
 def start(config, *args, n=2, script=None, more=(), precision="no"):

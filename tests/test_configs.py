@@ -195,7 +195,12 @@ def test_fsdp2_trains_the_same_student_and_resumes(tmp_path, ddp, one, tars):
 
 
 NAN = """
+import os, sys
 sys.path.insert(0, sys.argv.pop(1))
+import cpu_fsdp, torch
+from torch import distributed as dist
+from t2v_turbo.saved import whole
+from t2v_turbo.train import Config, Objective, Trainer
 calls = 0
 def reward(frames, prompts):
     "NaN in step 2, for one clip of process 1"

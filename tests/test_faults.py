@@ -174,11 +174,14 @@ SLOW_SAVE = """
 import sys, time
 from t2v_turbo import checkpoints
 from t2v_turbo.cli import main
-rename = checkpoints.os.fsync
+flush, save, now = checkpoints.os.fsync, checkpoints.Checkpoints.save, []
 def slow(fd):
-    if len(sys.argv) and not getattr(slow, "told", False): print("saving", flush=True); slow.told = True; time.sleep(2)
-    return rename(fd)
-checkpoints.os.fsync = slow
+    if now == ["first"]: print("saving", flush=True); now.append("told"); time.sleep(2)
+    return flush(fd)
+def first(*args, **kw):
+    now or now.append("first")
+    return save(*args, **kw)
+checkpoints.os.fsync, checkpoints.Checkpoints.save = slow, first
 sys.exit(main(sys.argv[1:]))
 """
 

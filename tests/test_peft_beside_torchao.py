@@ -11,14 +11,15 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """
+import t2v_turbo.saved as saved
 import t2v_turbo.student as student
-load = student.load_teacher
-student.load_teacher = lambda *a, **k: print("LOADED") or load(*a, **k)
+load = saved.load_teacher
+saved.load_teacher = lambda *a, **k: print("LOADED") or load(*a, **k)
 from t2v_turbo.teachers.tiny import WEIGHTS
 from t2v_turbo.files import UserError
 try: student.Student(load("tiny"), rank=2); print("made")
 except UserError as e: print(e)
-try: student.load_student(WEIGHTS/"tiny-cd"); print("made")
+try: saved.load_student(WEIGHTS/"tiny-cd"); print("made")
 except UserError as e: print(e)
 """
 

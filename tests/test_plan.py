@@ -151,7 +151,7 @@ def test_table_names_the_first_row_that_fits():
 def test_the_flags_switch_on_what_the_row_says(i, tmp_path, monkeypatch):
     "Told to `distill`, the flags of a row give a trainer with the switches that the row was computed with"
     seen, on = {}, {k: v for _, more in SWITCHES[:i + 1] for k, v in more.items()}
-    monkeypatch.setattr(cli, "distill", lambda cfg, *_: seen.update(cfg=cfg))
+    monkeypatch.setattr("t2v_turbo.running.distill", lambda cfg, *_: seen.update(cfg=cfg))
     assert cli.main(["distill", *flags_of(SWITCHES[i][0]).split(), "--rank", "2", "--track", ""]) == 0
     c, kind = seen["cfg"], on.get("cached", "")
     assert getattr(torch, c.dtype) == on["dtype"] and c.optimizer == on.get("optimizer", "adamw")

@@ -221,7 +221,7 @@ def test_own_files_and_weights(tmp_path, capsys, monkeypatch):
     (["tiny-video", "--prompt", "a car"], "belongs to --good"), (["tiny-video", "--clips", "25"], "give 1 to 24"),
     (["tiny-video", "--good", "a.mp4", "--bad", "b.mp4", "--prompt", "a car"], "a.mp4"),
     (["tiny-video", "--vocabulary", "v"], "reads no vocabulary: leave --vocabulary out"),
-    (["tiny-video", "--dtype", "int8"], "give float32"), (["hpsv2.1@/no.pt"], "no file '/no.pt'"),
+    (["tiny-video", "--dtype", "int8"], "give one of float32"), (["hpsv2.1@/no.pt"], "no file '/no.pt'"),
     (["viclip-l14@no.pth"], "no file 'no.pth'"), (["pickscore@/no"], "no folder '/no'"), (["pickscore@../no"], "no folder")])
 def test_mistakes(args, says, capsys):
     assert main(["reward", "check", *args]) == 2

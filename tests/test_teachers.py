@@ -14,7 +14,7 @@ from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2
 from t2v_turbo.teachers.wan import save_wan
 
-RECIPE = "schedule", "solver", "consistency", "data", "student", "distill", "train", "pipeline"
+RECIPE = "schedule", "solver", "consistency", "data.clips", "student", "distill", "engines", "train", "pipeline"
 
 
 def videocrafter2(folder):
