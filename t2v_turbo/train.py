@@ -204,8 +204,8 @@ def terms(self:Trainer,
     if kind == "latents": z0 = x
     if kind == "clips":
         with phase("encode"): z0 = self.student.teacher.encode(x)
-    return engine.forward(z0, ctx, null, prompts, d.to(self.accelerator.device), engine.target_weights,
-                          x if kind == "pairs" else None)
+    return engine.forward(z0, ctx, null, prompts, d.to(self.accelerator.device),
+                          engine.target_weights, x if kind == "pairs" else None)
 
 # %% ../nbs/53_train.ipynb #ebdb94bf
 TERMS = ("loss", "cd", "j_img", "j_vid", "r_img", "r_vid")

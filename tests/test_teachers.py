@@ -73,7 +73,7 @@ def test_illegal_sizes_name_the_nearest(tmp_path, capsys):
 @pytest.mark.parametrize("module", RECIPE)
 def test_recipe_names_no_teacher(module):
     "Solver, losses, trainer and sampler know the protocol, and not who is behind it"
-    tree = ast.parse((Path(t2v_turbo.__file__).parent / f"{module}.py").read_text())
+    tree = ast.parse((Path(t2v_turbo.__file__).parent / (module.replace(".", "/") + ".py")).read_text())
     words = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     words |= {a.name for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
     words |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
