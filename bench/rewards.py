@@ -35,8 +35,9 @@ class Ids:
 def clip_like(facts, fit, small):
     from transformers import CLIPConfig, CLIPModel
 
+    from t2v_turbo import standins
     from t2v_turbo.rewards import clip
-    if small: return lambda: clip.CLIPReward(facts, clip.tiny_clip(), Ids(518, 519, 77), fit)
+    if small: return lambda: clip.CLIPReward(facts, standins.tiny_clip(), Ids(518, 519, 77), fit)
     config = CLIPConfig(projection_dim=1024, vision_config=dict(
         hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
         patch_size=14, image_size=224, hidden_act="gelu"), text_config=dict(
@@ -47,6 +48,7 @@ def clip_like(facts, fit, small):
 
 def builders(small):
     "Name: a function that builds the reward on the current device"
+    from t2v_turbo import standins
     from t2v_turbo.rewards import clip, viclip
     from t2v_turbo.rewards import internvideo2 as iv2
     from t2v_turbo.rewards import videoprism as prism
@@ -59,9 +61,9 @@ def builders(small):
         return f
     merges = Ids(518, 519, 32) if small else Ids(49406, 49407, 32)
     bert, prism_words = Ids(2, 3, 40), Ids(5, 6, 64)
-    tiny = dict(viclip=lambda: viclip.viclip_model(viclip.tiny_viclip(), heads=(2, 2)),
-                iv2=lambda: iv2.internvideo2_model(iv2.tiny_internvideo2(), **iv2.TINY),
-                prism=lambda n: prism.VideoPrism(prism.PRISM_B, prism.tiny_videoprism(frames=n), None))
+    tiny = dict(viclip=lambda: viclip.viclip_model(standins.tiny_viclip(), heads=(2, 2)),
+                iv2=lambda: iv2.internvideo2_model(standins.tiny_internvideo2(), **standins.TINY),
+                prism=lambda n: prism.VideoPrism(prism.PRISM_B, standins.tiny_videoprism(frames=n), None))
     return {
         "hpsv2.1": clip_like(clip.HPS, clip.letterbox, small),
         "viclip-l14": with_words(tiny["viclip"] if small else viclip.viclip_full, merges),
