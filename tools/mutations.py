@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MUTATIONS = [
     ("return (1 - beta).cumprod(0)", "return (1 - beta).cumsum(0)", "golden oracle"),
     ("return a.sqrt(), (1-a).sqrt()", "return a.sqrt(), (1-a)", "golden oracle"),
-    ("return alpha*noise.float() - sigma*z0.float()", "return alpha*noise.float() + sigma*z0.float()", "golden notebooks"),
+    ("return alpha*noise.float() - sigma*z0.float()", "return alpha*noise.float() + sigma*z0.float()", "golden oracle notebooks"),
     ("return (zt.float() - sigma*eps.float()) / alpha", "return (zt.float() + sigma*eps.float()) / alpha", "golden oracle"),
     ("return torch.arange(1, n+1)*T//n - 1", "return torch.arange(1, n+1)*T//n", "golden sampling"),
     ("return self.t((index - 1).clamp_min(0)) * (index > 0)", "return self.t((index - 1).clamp_min(0))", "golden oracle notebooks"),
@@ -79,7 +79,7 @@ def run(row, folder):
     env = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if (shared := ROOT.parent / "shared").exists() and not (folder / "shared").exists(): (folder / "shared").symlink_to(shared)
     began = time.perf_counter()
-    p = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-m", "fast", "-p", "no:cacheprovider", *tests(stems, module)],
+    p = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "fast", "-p", "no:cacheprovider", *tests(stems, module)],
                        cwd=copy, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     failed = [line for line in p.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return p.returncode == 1 and bool(failed), (failed or p.stdout.splitlines()[-1:])[0][:110], time.perf_counter() - began, module
