@@ -34,10 +34,10 @@ def finish(p, seconds=300):
         raise
 
 
-def launch(*args, code=0, **kw):
+def launch(*args, code=0, seconds=300, **kw):
     "A run that has ended; stdout, stderr"
     p = start(*args, **kw)
-    out, err = finish(p)
+    out, err = finish(p, seconds)
     assert (p.returncode == 0) == (code == 0), err[-3000:]
     return out, err
 

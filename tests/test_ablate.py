@@ -201,7 +201,7 @@ def test_what_stops_a_cell_crosses_processes(tmp_path):
     with pytest.raises(UserError, match="held_out 'tiny-video' is in the loss"):
         _run(replace(cfg, reward="tiny-video"), cell | dict(beta_vid=1.), replace(LOOKS, held_out="tiny-video"), [1], devices)
     with pytest.raises(RuntimeError, match="(?s)cell beta_img=0.0 beta_vid=0.0 seed=0 ended with status 1.*TypeError"):
-        _run(cfg, cell, LOOKS, ["4"], devices)
+        _run(cfg, cell, LOOKS, 4, devices)
     assert devices.get_nowait() is None                                # given back each time
 
 

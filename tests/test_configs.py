@@ -248,7 +248,7 @@ def test_float16_is_scaled_under_fsdp2_as_under_ddp(tmp_path):
     "Hooks of sharded weights do not fire: their gradients are divided after the step, so norms and weights are those of DDP"
     rows = []
     for name in ("ddp", "fsdp2"):
-        launch(name, "--out", tmp_path / name, *SMALL, "--steps", "2", "--accumulate", "2", "--dtype", "float16", "--beta_vid", "0", precision="fp16")
+        launch(name, "--out", tmp_path / name, *SMALL, "--steps", "2", "--accumulate", "2", "--dtype", "float16", "--beta_vid", "0", precision="fp16", seconds=1200)
         rows.append([json.loads(l) for l in (tmp_path / name / "log.jsonl").read_text().splitlines()])
     for a, b in zip(*rows):
         assert a["scale"] == b["scale"] > 1 and a["skipped"] == b["skipped"] == 0
