@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Literal, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +27,7 @@ from tqdm.auto import tqdm
 from .checkpoints import Stopped, claim
 from .config import changed, check_rewards
 from .distill import Objective
-from .files import UserError, at_least, atomic, typed, write_json
+from .files import UserError, at_least, atomic, kind_of, typed, write_json
 from .train import Config, Trainer
 from .watch import Watcher, WatchOptions, keep_best, look_prompts, watch
 
@@ -62,8 +61,7 @@ def _types()->dict:
 # %% ../nbs/65_ablate.ipynb #ca1fdadb
 def _parse(kind, text):
     "Parse a value of this type; raise `ValueError` if the text is invalid"
-    if get_origin(kind) is Literal: kind = type(get_args(kind)[0])
-    kind = next((k for k in get_args(kind) if k is not type(None)), kind)
+    kind, _ = kind_of(kind)
     if kind is not bool: return kind(text)
     words = {"0": False, "false": False, "1": True, "true": True}
     if text.lower() not in words: raise ValueError(text)

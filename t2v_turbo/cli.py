@@ -16,7 +16,7 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from .files import UserError, typed
-from .options import Verb, located, objects_of, options_of, parser_of
+from .options import Verb, constant, located, objects_of, options_of, parser_of
 from .recipes import STARTS, chosen
 from .running import ABLATE, ABLATE_SETS
 
@@ -38,10 +38,9 @@ GROUPS = (("model", "student teacher variant dtype_of_teacher"),
           ("sampling", "steps w origin seed k repeats"),
           ("memory", "dtype offload slicing batch at_once device"),
           ("files", "out format verify"))
-CHOICES = (("dtype", ("auto", "float32", "bfloat16", "float16")),
-           ("lr_schedule", ("constant", "linear")), ("optimizer", ("adamw", "adamw8bit")),
-           ("missing", ("error", "skip")), ("track", ("tensorboard", "wandb", "trackio", "")),
-           ("shape", ("log_sigmoid", "raw")), ("on_hacking", ("off", "warn", "stop")))
+_CHECKED = constant("config:CHOICES", OPTIMIZERS=constant("optimizer:OPTIMIZERS"), dict=dict)
+CHOICES = (*(_CHECKED | dict(dtype=("auto", *_CHECKED["dtype"]), on_hacking=("off", "warn", "stop"),
+                             shape=constant("rewards.base:SHAPES_OF_J"))).items(),)
 
 # %% ../nbs/72_cli.ipynb #dca043f8
 CONFIG = "train:Config", "distill:Objective"

@@ -7,12 +7,12 @@ __all__ = ['PAPER', 'MODELSCOPE', 'VC2', 'WAN', 'RECIPES', 'STARTS', 'Recipe', '
            'left_to_teacher', 'note_settings', 'read_settings', 'chosen']
 
 # %% ../nbs/68_recipes.ipynb #f774dbc2
-import json
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 from . import __version__
+from .data.tables import parse_json
 from .files import UserError, read_text, write_json
 from .options import Option, constant, nearest, taken_from
 
@@ -95,12 +95,6 @@ def note_settings(out,        # folder of the run
                dict(command=command, version=__version__, settings=mine))
 
 # %% ../nbs/68_recipes.ipynb #3eb99770
-def _object(file):
-    "Read the object in a JSON file, or `None`"
-    try: found = json.loads(read_text(file))
-    except ValueError: return None
-    return found if isinstance(found, dict) else None
-
 def read_settings(path:str,    # `settings.json`, or the folder of a run
                   command:str, # that reads it
                   options,     # of `Option`, the command's own
@@ -110,7 +104,7 @@ def read_settings(path:str,    # `settings.json`, or the folder of a run
     file = Path(path) / "settings.json" if Path(path).is_dir() else Path(path)
     if not file.is_file(): raise UserError(
         f"no file {str(file)!r}: give --config the settings.json of a run, or its folder")
-    held = _object(file)
+    held = parse_json(read_text(file))
     if held is None: raise UserError(f"{str(file)!r} is not a JSON object: give --config the "
                                      "settings.json of a run")
     of_run = isinstance(held.get("settings"), dict)

@@ -50,20 +50,22 @@ def read_config(values:dict, # name: value, of `Config` and of `Objective`; othe
     objective = objective_of(values.get("teacher", Config.teacher), **given)
     return made(Config, values | dict(objective=objective))
 
+def _settings(own, values):
+    "Make the settings of a command that trains; `own`: its dataclass"
+    from t2v_turbo.watch import WatchOptions
+    others = made(own, values), made(WatchOptions, values)
+    return read_config(values), *others
+
 def for_distill(values:dict, # name: value
                )->tuple:     # arguments of `distill`
     "Make the settings of `distill`"
-    from t2v_turbo.watch import WatchOptions
-    others = made(DistillOptions, values), made(WatchOptions, values)
-    return read_config(values), *others
+    return _settings(DistillOptions, values)
 
 def for_ablate(values:dict, # name: value
               )->tuple:     # arguments of `ablate`
     "Make the settings of `ablate`"
     from t2v_turbo.ablate import AblateOptions
-    from t2v_turbo.watch import WatchOptions
-    others = made(AblateOptions, values), made(WatchOptions, values)
-    return read_config(values), *others
+    return _settings(AblateOptions, values)
 
 # %% ../nbs/71_running.ipynb #d334b80a
 def distill(cfg=None,     # a `train.Config`
@@ -103,7 +105,7 @@ def train(trainer, # a `Trainer`, in a folder that is claimed
     cfg, acc = trainer.cfg, trainer.accelerator
     if acc.is_main_process:
         if resumed: print(f"resumed at step {trainer.step} of {cfg.steps}")
-        print(weights_in_words(acc.unwrap_model(trainer.model).cfg))
+        print(weights_in_words(trainer.model.cfg))
         over = ", the denoiser sharded over them" if trainer.sharded else ""
         print(f"{acc.num_processes} process(es){over}, {cfg.batch} clips a step in all, "
               f"{sum(p.numel() for p in trainer.params) / 1e6:.2f} M parameters train")

@@ -31,7 +31,8 @@ def sampling_of_pipe(pipe)->dict: # `steps`, `w` and `origin`
 def sampling_of_student(student)->dict: # `steps` and `w`
     "Return the sampling options stored in a student"
     from t2v_turbo.saved import own_sampling
-    return {n: own_sampling(student)[n] for n in ("steps", "w")}
+    own = own_sampling(student)
+    return {n: own[n] for n in ("steps", "w")}
 
 # %% ../nbs/70_using.ipynb #401b2f00
 def device_named(name:str, # cpu, cuda, cuda:1, mps or xpu; empty: the best available

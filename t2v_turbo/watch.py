@@ -149,7 +149,7 @@ class Watcher:
 @patch
 def _trained(self:Watcher, world):
     "Map names to (reward, frames it sees): the rewards in the loss, else the tiny world's"
-    model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+    model = self.trainer.model
     image, video = model.image_reward, model.video_reward
     device = self.trainer.accelerator.device
     if world: image, video = (r or load_reward(f"tiny-{n}").to(device)

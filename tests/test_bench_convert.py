@@ -32,7 +32,7 @@ def test_small(tmp_path, capsys):
     assert rows["progress bar"] == "yes" and rows["checkpoint"].startswith("0.0128 GB, 893 tensors")
     assert rows["stock classes load"].count(" M") == 3 and "unet 2.079 M" in rows["stock classes load"]
     peak, own = (float(rows[k].split()[0]) for k in ("peak memory", "of it not mapped from the file"))
-    assert .1 < own <= peak < 4
+    assert .1 < own < 4 and own <= peak                     # the peak counts the mapped libraries of torch too: gigabytes in a build for CUDA
     assert {p.name for p in tmp_path.iterdir()} == {"r.json"}
     assert {line.count("|") for line in capsys.readouterr().out.strip().splitlines()} == {3}
 

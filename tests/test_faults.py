@@ -513,8 +513,8 @@ from t2v_turbo.checkpoints import claim_together
 from t2v_turbo.files import UserError
 state = PartialState(cpu=True)
 try:
-    with claim_together(sys.argv[1], state): print("mine")
-except UserError as e: print(state.process_index, e)
+    with claim_together(sys.argv[1], state): sys.stdout.write("mine\\n")
+except UserError as e: sys.stdout.write(f"{state.process_index} {e}\\n")         # one write a line: both share a pipe
 """
 
 

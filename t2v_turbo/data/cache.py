@@ -32,6 +32,7 @@ class Cache(Dealt):
     "A complete cache, for reading"
     if TYPE_CHECKING: # defined below
         def read(self, ids)->dict: ...
+        def picked(self, step:int, size:int, rows:slice=slice(None))->tuple[dict, list]: ...
         def check(self, teacher:Teacher|None=None, **settings)->None: ...
 
     def __init__(self,
@@ -114,6 +115,16 @@ def read(self:Cache,
     cat = {n: torch.cat([got[i][n] for i in ids]) for n in got[ids[0]]}
     return {n: x.float() if x.is_floating_point() else x for n, x in cat.items()}
 
+@patch
+def picked(self:Cache,
+           step:int, # number of the batch
+           size:int, # samples in the batch: b
+           rows:slice=slice(None), # rows to read
+          )->tuple[dict, list]: # tensors (b, ...) by name, captions
+    "Read the samples of one step"
+    ids = [i for _, i in self.picks(step, size, rows)]
+    return self.read(ids), [self.captions[i] for i in ids]
+
 # %% ../../nbs/44_cache.ipynb #c732145f
 @patch
 def check(self:Cache,
@@ -155,8 +166,8 @@ class LatentCache(Cache):
               rows:slice=slice(None), # rows to read
              )->tuple[Tensor, list]: # latents (b c t h w) float32, captions
         "Read the latents and captions of one step"
-        ids = [i for _, i in self.picks(step, size, rows)]
-        return self.read(ids)["z0"], [self.captions[i] for i in ids]
+        got, captions = self.picked(step, size, rows)
+        return got["z0"], captions
 
 class PairCache(Cache):
     "Cache as a source of the teacher's answers"
@@ -167,8 +178,8 @@ class PairCache(Cache):
               rows:slice=slice(None), # rows to read
              )->tuple[TeacherAnswer, list]: # answers, captions
         "Read the answers and captions of one step"
-        ids = [i for _, i in self.picks(step, size, rows)]
-        return TeacherAnswer(**self.read(ids)), [self.captions[i] for i in ids]
+        got, captions = self.picked(step, size, rows)
+        return TeacherAnswer(**got), captions
 
 # %% ../../nbs/44_cache.ipynb #3fa60747
 def open_cache(folder,               # of a cache from `build_cache`
