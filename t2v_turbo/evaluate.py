@@ -38,8 +38,8 @@ def timed_batches(sampler:Sampler, # makes the clips
                   seed:int,      # of the whole evaluation
                   batch:int,     # clips at a time
                  ):              # yields prompts, clips on the CPU, seconds per clip
-    "Sample all prompts, batch by batch, after one warm-up batch that does not count"
-    sampler.sample(prompts[:batch], step_seed(seed, 0, "evaluate"))
+    "Sample all prompts, batch by batch; a single batch is sampled twice, the first time to warm up"
+    if len(prompts) <= batch: sampler.sample(prompts, step_seed(seed, 0, "evaluate"))
     for i in range(0, len(prompts), batch):
         start, part = time.perf_counter(), prompts[i:i+batch]
         gen_seed = step_seed(seed, i // batch, "evaluate")
@@ -65,7 +65,7 @@ def evaluate(sampler:Sampler, # makes the clips
     per_prompt = scores.mean(1).view(repeats, len(prompts)).mean(0)
     return dict(
         model=sampler.model, steps=sampler.steps, nfe=sampler.nfe,
-        seconds_per_video=statistics.median(seconds), videos=len(scores),
+        seconds_per_video=statistics.median(seconds[1:] or seconds), videos=len(scores),
         judges=dict(zip(judges.heads, scores.mean(0).tolist())), mean=scores.mean().item(),
         ci95=half_width(bootstrap(per_prompt, seed=seed)),
         motion_amount=torch.cat(motion).mean().item(), seed=seed)

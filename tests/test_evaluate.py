@@ -83,18 +83,22 @@ def test_row(row):
     assert json.loads(json.dumps(row)) == row
 
 
-def test_every_sampler_gets_the_same_calls_and_the_first_is_not_counted(net):
+def test_every_sampler_gets_the_same_calls_and_the_first_is_not_timed(net):
+    "The first of several batches warms up; a single one is sampled twice"
     calls = []
     def slow_start(prompts, seed):
         import time
         time.sleep(.4 if not calls else 0)
         calls.append((tuple(prompts), seed)); return drawn(prompts, seed)
     r = evaluate(Sampler("x", 1, 1, slow_start), HELD[:5], net, seed=3, repeats=3, batch=4)
-    assert [len(p) for p, _ in calls] == [4, 4, 4, 4, 3] and [s for _, s in calls] == [step_seed(3, i, "evaluate") for i in (0, 0, 1, 2, 3)]
-    assert sum((p for p, _ in calls[1:]), ()) == tuple(HELD[:5] * 3)
+    assert [len(p) for p, _ in calls] == [4, 4, 4, 3] and [s for _, s in calls] == [step_seed(3, i, "evaluate") for i in range(4)]
+    assert sum((p for p, _ in calls), ()) == tuple(HELD[:5] * 3)
     assert r["videos"] == 15 and r["seconds_per_video"] < .1
     again = evaluate(Sampler("x", 1, 1, drawn), HELD[:5], net, seed=3, repeats=3, batch=4)
     assert again | dict(seconds_per_video=0) == r | dict(seconds_per_video=0)
+    calls.clear()
+    alone = evaluate(Sampler("x", 1, 1, slow_start), HELD[:4], net, seed=3, repeats=1, batch=4)
+    assert calls == [(tuple(HELD[:4]), step_seed(3, 0, "evaluate"))] * 2 and alone["seconds_per_video"] < .1
 
 
 def test_interval_is_over_prompts_not_videos(net):
