@@ -353,3 +353,13 @@ def test_ruff_has_nothing_to_report():
     ruff = shutil.which("ruff") or pytest.skip("ruff is not installed: pip install -e '.[dev]'")
     run = subprocess.run([ruff, "check", "--no-cache", "--output-format", "concise", "."], cwd=ROOT, text=True, stdin=subprocess.DEVNULL, capture_output=True)
     assert run.returncode == 0, f"run `ruff check --fix`:\n{run.stdout[-3000:]}{run.stderr}"
+
+
+def test_a_notebook_between_two_others():
+    "tools/renumber.py moves what follows, and every mention of it"
+    import runpy
+    tool = runpy.run_path(ROOT / "tools" / "renumber.py")
+    numbers, renamed = tool["numbers"], tool["renamed"]
+    new = numbers(["00_a.ipynb", "01_b.ipynb", "00b_new.ipynb", "02_c_d.ipynb", "api.ipynb"])
+    assert new == {"00_a": "00_a", "00b_new": "01_new", "01_b": "02_b", "02_c_d": "03_c_d"}
+    assert renamed("[notebook 01](01_b.ipynb#x), 02_c_d.html, Notebook 00b, notebook 77, 01 b", new) == "[notebook 02](02_b.ipynb#x), 03_c_d.html, Notebook 01, notebook 77, 01 b"
