@@ -107,8 +107,8 @@ def _of_modelscope(name, revision, variant, dtype):
     about = dict(base="ms", w_projection="zero", base_model=f"{base}@{of_base}", student=name)
     kind = variant or str(dtype).removeprefix("torch.")
     def make(out):
-        path, folder = fetch_file(file), fetch_folder(base, variant, dtype)
-        convert_adapters(path, folder, out, about, dtype)
+        folder = fetch_folder(base, variant, dtype)     # raises first if there is no such variant
+        convert_adapters(fetch_file(file), folder, out, about, dtype)
     return once(kept_in() / name / f"{commit}-{of_base[:12]}-{kind}", name, make)
 
 def _of_videocrafter2(name, revision):
