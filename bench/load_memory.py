@@ -91,38 +91,43 @@ def make_own(folder, channels, rank, layers=2):
     T2VTurboPipeline.from_pretrained(folder / "teacher student").save_pretrained(folder / "whole")
 
 
-def make_published(folder, channels, rank, layers=2):
-    "A hub's cache with the published students and their base models; needs `make_own`"
+def make_modelscope(folder, rank):
+    "A hub's cache with the student of ModelScopeT2V and its base model; needs `make_own`"
     import shutil
 
+    import torch
+
+    from t2v_turbo.names import STUDENTS, TEACHERS
+    from t2v_turbo.teachers.published import base_unet, with_w_projection
+    student, base = STUDENTS["t2v-turbo-ms"], TEACHERS["modelscope"]
+    shutil.copytree(folder / "teacher", snapshot(folder, base.at), dirs_exist_ok=True)
+    pairs = lora_list(with_w_projection(base_unet(folder / "teacher")[0]), "ms", rank)
+    torch.save(pairs, snapshot(folder, student.at.rpartition("/")[0]) / "unet_lora.pt")
+
+
+def make_published(folder, channels, rank, layers=2):
+    "A hub's cache with all published students and their base models; needs `make_own`"
     import torch
     from diffusers import UNet3DConditionModel
 
     from t2v_turbo.names import MERGES, STUDENTS, TEACHERS
     from t2v_turbo.standins import random_videocrafter2, vc2_sizes
-    from t2v_turbo.teachers.published import base_unet, with_w_projection
     from t2v_turbo.teachers.videocrafter2 import PREFIXES, stock_network, unet_config
     if (folder / "hub").is_dir(): return
-    small, sizes = vc2_sizes(tiny=True), vc2_sizes()
-    kinds = dict(down_block_types=["CrossAttnDownBlock3D"] * (len(channels) - 1) + ["DownBlock3D"],
-                 up_block_types=["UpBlock3D"] + ["CrossAttnUpBlock3D"] * (len(channels) - 1))
-    sizes = dict(unet=small["unet"] | kinds | dict(block_out_channels=list(channels), layers_per_block=layers), vae=small["vae"], text_encoder=small["text_encoder"])
+    make_modelscope(folder, rank // 2)
+    sizes, n = vc2_sizes(tiny=True), len(channels)
+    sizes["unet"] |= dict(block_out_channels=list(channels), layers_per_block=layers, down_block_types=["CrossAttnDownBlock3D"] * (n - 1) + ["DownBlock3D"],
+                          up_block_types=["UpBlock3D"] + ["CrossAttnUpBlock3D"] * (n - 1))
     state = random_videocrafter2(sizes)
     net = {k.removeprefix(PREFIXES["unet"]): v for k, v in state.items() if k.startswith(PREFIXES["unet"])}
-    student = stock_network(UNet3DConditionModel, unet_config(net) | dict(time_cond_proj_dim=256))
-    c, at = channels[0], {}
+    student, c = stock_network(UNet3DConditionModel, unet_config(net) | dict(time_cond_proj_dim=256)), channels[0]
     merged = net | {"time_cond_proj.weight": torch.zeros(c, 256)}
     motion = {"motion_cond_proj.weight": torch.zeros(c, 256), "combine_proj.weight": torch.zeros(c, 2 * c)}
-    for s in [*TEACHERS.values(), *STUDENTS.values()]:
-        repo, _, file = s.at.rpartition("/")
-        if "/" in repo: at[s.at] = snapshot(folder, repo) / file          # a file and not a folder
-    shutil.copytree(folder / "teacher", snapshot(folder, TEACHERS["modelscope"].at), dirs_exist_ok=True)
     (snapshot(folder, MERGES.rpartition("/")[0]) / "merges.txt").write_text("#version: 0.2\np a\npa n\npan d\npand a</w>\na n\nan d</w>\n")
-    ms = with_w_projection(base_unet(folder / "teacher")[0])
-    for name, what in {"ms": lambda: lora_list(ms, "ms", rank // 2), "vc2": lambda: lora_list(student, "vc2", rank), "vc2-merged": lambda: merged,
-                       "v2": lambda: merged | motion, "v2-no-mg": lambda: merged}.items():
-        torch.save(what(), at[STUDENTS[f"t2v-turbo-{name}"].at])
-    torch.save(dict(state_dict=state), at[TEACHERS["videocrafter2"].at])
+    for s, what in ((TEACHERS["videocrafter2"], dict(state_dict=state)), (STUDENTS["t2v-turbo-vc2"], lora_list(student, "vc2", rank)),
+                    (STUDENTS["t2v-turbo-vc2-merged"], merged), (STUDENTS["t2v-turbo-v2"], merged | motion), (STUDENTS["t2v-turbo-v2-no-mg"], merged)):
+        repo, _, file = s.at.rpartition("/")
+        torch.save(what, snapshot(folder, repo) / file)
 
 
 def measure(folder, name, dtype, verb="load"):
