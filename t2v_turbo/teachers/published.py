@@ -10,6 +10,7 @@ __all__ = ['FPS', 'COND', 'lora_order', 'read_lora', 'layer_shapes', 'name_lora'
 # %% ../../nbs/20_published.ipynb #41f1705a
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from diffusers import UNet3DConditionModel
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from ..consistency import w_embedding
 from ..core import make_gen
 from ..files import UserError, atomic, write_json
-from .base import all_fingerprints, sampled
+from .base import Teacher
 from .loading import (check_config, check_whole, empty_network, load_part,
                                         new_folder, read_about, read_torch, save_adapters,
                                         tensors_in, which_weights)
@@ -244,6 +245,18 @@ def _write_adapters(out, named, extra, marks, about):
         write_json(tmp / "student.json", dict(teacher=about["base_model"], options=options,
                                               rank=config.r, fingerprints=marks, about=about))
 
+# %% ../../nbs/20_published.ipynb #04d397e2
+class _Sample:
+    "The values of a tensor that `Teacher.fingerprint` reads, in the place of the tensor"
+    def __init__(self,
+                 v:Tensor): # whole; not kept
+        self.shape, n = v.shape, v.numel()
+        self.numel, self.values = lambda: n, v.flatten()[::max(1, n // 256)].clone()
+
+    def detach(self): return self
+    flatten = detach
+    def __getitem__(self, steps): return self.values
+
 # %% ../../nbs/20_published.ipynb #8fecac58
 def _pairs(path, base_folder, unet, base):
     "Name the pairs of a list for a base model; read the fps MLP that goes with them"
@@ -263,15 +276,16 @@ def convert_adapters(path:str|Path, # the published `unet_lora.pt`
     unet, tensors = base_unet(base_folder, dtype)
     named, mlp = _pairs(path, base_folder, unet, about["base"])
     extra = {f"{COND}.weight": w_weight(update_of(*named.pop(COND)), about["w_projection"])}
-    held = sampled(tensors)
+    held = {n: _Sample(v) for n, v in tensors}
     if mlp:
         bias, fps = "time_embedding.linear_2{}.bias", about["fps"]
         extra[bias.format(".base_layer")] = fps_bias(merge_fps(named, mlp), fps)
-        held |= sampled([(bias.format(""), fps_bias(mlp, fps))])  # as `options` will load it
-    own = next(v.dtype for _, v in held.values())
+        held[bias.format("")] = _Sample(fps_bias(mlp, fps))       # as `options` will load it
+    own = next(s.values.dtype for s in held.values())
+    marks = Teacher.fingerprints(SimpleNamespace(denoiser=SimpleNamespace(
+        dtype=own, state_dict=lambda: held)))
     about = dict(source=Path(path).name) | about
-    _write_adapters(out, {n: p for n, p in named.items() if n not in FPS}, extra,
-                    all_fingerprints(held, own), about)
+    _write_adapters(out, {n: p for n, p in named.items() if n not in FPS}, extra, marks, about)
 
 # %% ../../nbs/20_published.ipynb #6e7529d8
 @torch.no_grad()
