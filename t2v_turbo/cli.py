@@ -53,6 +53,8 @@ VERBS = (
     Verb("ablate", "train and judge a grid of students, one row each", "running:ablate",
          (*CONFIG, "ablate:AblateOptions", "watch:WatchOptions"), make="running:for_ablate",
          own=ABLATE, without=ABLATE_SETS, **TRAINED),
+    Verb("list", "teachers, students, rewards and recipes: size, licence, memory, source",
+         "using:print_list"),
     Verb("recipes", "list the recipes and their flags", "recipes:print_recipes", quiet=False),
     Verb("sample", "write videos of prompts", "using:sample", ("using:SampleOptions",),
          groups=GROUPS),

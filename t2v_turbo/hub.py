@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'split_name', 'nearest', 'weight_sets', 'pick', 'components', 'wanted', 'status_of', 'refused', 'in_words',
-           'cached', 'read_index', 'lacking', 'bars', 'amount', 'fetch_folder', 'fetch_file']
+           'cached', 'read_index', 'lacking', 'bars', 'amount', 'commit_of', 'fetch_folder', 'fetch_file']
 
 # %% ../nbs/14_hub.ipynb #b4f33566
 import difflib
@@ -105,7 +105,9 @@ def wanted(names,        # of all files of a repository
 # %% ../nbs/14_hub.ipynb #d12da5af
 KNOWN = ("ali-vilab/text-to-video-ms-1.7b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
          "Wan-AI/Wan2.1-T2V-14B-Diffusers", "VideoCrafter/VideoCrafter2",
-         "jiachenli-ucsb/T2V-Turbo-VC2", "jiachenli-ucsb/T2V-Turbo-MS", "xswu/HPSv2",
+         "jiachenli-ucsb/T2V-Turbo-VC2", "jiachenli-ucsb/T2V-Turbo-MS",
+         "jiachenli-ucsb/T2V-Turbo-VC2-Merged", "jiachenli-ucsb/T2V-Turbo-v2",
+         "jiachenli-ucsb/T2V-Turbo-v2-no-MG", "xswu/HPSv2",
          "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14",
          "yuvalkirstain/PickScore_v1")
 
@@ -208,6 +210,13 @@ def _ask(name, get):
         if refused(e): raise UserError(in_words(e, name)) from None
         repo, revision = split_name(name)
         if cached(repo, revision) is None: raise UserError(in_words(e, name)) from None
+
+def commit_of(name:str, # `owner/name` or `owner/name@revision`
+             )->str:    # 40 hex digits
+    "Return the commit that a revision is at now; offline, the cached one"
+    repo, revision = split_name(name)
+    info = _ask(name, lambda: HfApi().model_info(repo, revision=revision))
+    return cached(repo, revision).name if info is None else info.sha
 
 @contextmanager
 def _arriving(name):

@@ -27,13 +27,13 @@ from .consistency import consistency_fn, few_step_sample, w_embedding
 from .core import as_dtype, check_finite
 from .files import UserError
 from .identity import content_id
-from .saved import (guidance_of, load_merged, own_sampling, sampling_of, steps_of,
-                             student_inside)
+from .names import student_folder
+from .saved import (guidance_of, load_merged, own_sampling, sampling_in, sampling_of,
+                             steps_of, student_inside)
 from .solver import DDIM, ddim_sample
 from .student import Student
 from .teachers.base import Teacher
-from .teachers.folders import (ScaledSchedule, check_whole, load_teacher, local_folder,
-                                        teacher_class)
+from .teachers.folders import ScaledSchedule, check_whole, load_teacher, teacher_class
 from .teachers.loading import check_size, load_part, read_object
 
 # %% ../nbs/24_pipeline.ipynb #f7d2d952
@@ -366,14 +366,14 @@ def _precision(dtype, given):
 # %% ../nbs/24_pipeline.ipynb #91dd99e3
 @patch_to(T2VTurboPipeline, cls_method=True)
 def from_pretrained(cls,
-                     folder:str|Path, # of a student, a converted model or a pipeline; or a hub id
+                     folder:str|Path, # of a student, whole model or pipeline; name or hub id
                      dtype=None, # of all weights; `None`: float32, `auto`: `pick_dtype`
                      **kwargs,   # torch_dtype, variant; sizes, or components of our own pipeline
                     )->"T2VTurboPipeline":
     "Load a student's folder, a converted complete student, or a saved pipeline"
     given = dict(kwargs)
     dtype = _precision(dtype, given)
-    at = local_folder(str(folder), given.get("variant"), dtype)
+    at = student_folder(str(folder), given.get("variant"), dtype)
     for n in ("use_safetensors", "low_cpu_mem_usage"):
         if given.get(n) is True: del given[n]            # always true here
     def refuse(kind, *known):
@@ -391,7 +391,9 @@ def from_pretrained(cls,
         refuse("a pipeline", "dtype", "variant", *_OWN, *_PARTS)
         return cls._of_index(at, index, dtype, given)
     refuse("a converted model", "dtype", *_SIZES, "scale_x0")
-    return cls.from_teacher(load_teacher(at, dtype=dtype, **_some(given)))
+    pipe = cls.from_teacher(load_teacher(at, dtype=dtype, **_some(given)))
+    pipe.register_to_config(**sampling_in(at))
+    return pipe
 
 def _some(given): return {n: v for n, v in given.items() if v is not None}
 

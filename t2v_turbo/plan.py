@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEACHERS', 'CACHED', 'GB', 'RESERVE', 'SWITCHES', 'LOADING', 'NoWords', 'cast', 'teacher_on_meta', 'save_reward',
            'reward_on_meta', 'bytes_of', 'weights_of', 'optimizer_bytes', 'metered', 'Plan', 'planned_defaults',
-           'named_rewards', 'plan_of', 'Setup', 'predict', 'plan_rows', 'flags_of', 'plan_table', 'host_bytes',
-           'first_fit', 'precision_text']
+           'named_rewards', 'plan_of', 'Setup', 'predict', 'plan_rows', 'flags_of', 'plan_table', 'plan_sampling',
+           'host_bytes', 'first_fit', 'precision_text']
 
 # %% ../nbs/54_plan.ipynb #4269a40a
 from contextlib import nullcontext
@@ -22,6 +22,7 @@ from torch import nn
 from transformers import (BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel, CLIPTextConfig,
                           CLIPTextModel, UMT5Config, UMT5EncoderModel)
 
+from .consistency import w_embedding
 from .core import make_gen
 from .distill import Distillation, Objective, draw
 from .files import UserError
@@ -382,6 +383,24 @@ def plan_table(rows,         # of `plan_rows`, or a part of them
         told = f"{gpu:g} GB are enough" + (f" with: {', '.join(names)}" if names else " as it is")
         if flags := flags_of(rows[fits[0]][0]): told += f"\nadd to distill: {flags}"
     return "\n".join([*lines, told])
+
+# %% ../nbs/54_plan.ipynb #98f0dac9
+def plan_sampling(teacher:str="modelscope", # of `teacher_on_meta`, or the teacher of a student
+                  frames:int|None=None, # of a clip; the teacher's own by default
+                  size:tuple|None=None, # height and width; the teacher's own by default
+                  dtype:torch.dtype=torch.float16, # of the weights
+                 )->Plan:
+    "Predict the memory of sampling one clip"
+    t = teacher_on_meta(teacher, frames, size, dtype)
+    nets = dict(denoiser=t.denoiser, vae=t.vae, text=t.text_encoder, rewards=None)
+    z = torch.zeros(1, *t.latent_shape, device="meta")
+    at, w = torch.zeros(1, dtype=torch.long, device="meta"), w_embedding(z.new_zeros(1))
+    known = [*t.parameters(), *t.buffers(), z, at, w]
+    with torch.no_grad(), Meter("meta", known) as m, _fused(z.device):
+        with m.phase("text"): ctx = t.encode_text([""])
+        with m.phase("denoiser"): x0 = t.denoise(z, at, ctx, w)[0]
+        with m.phase("decode"): t.decode(x0)
+    return Plan({k: weights_of(net) for k, net in nets.items()}, m.phases, m.peak)
 
 # %% ../nbs/54_plan.ipynb #c5e547c9
 LOADING = 1.3     # bound on host memory while weights are read, times their size

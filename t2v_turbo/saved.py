@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['guidance_of', 'sampling_of', 'own_sampling', 'steps_of', 'whole', 'student_tensors', 'save_student', 'read_tensors',
-           'fingerprints_of', 'student_inside', 'read_student', 'places', 'check_tensors', 'load_tensors', 'merge_from',
-           'load_student', 'load_merged', 'student_id']
+           'fingerprints_of', 'student_inside', 'sampling_in', 'read_student', 'places', 'check_tensors',
+           'load_tensors', 'merge_from', 'load_student', 'load_merged', 'student_id']
 
 # %% ../nbs/23_saved.ipynb #a98a77fe
 import json
@@ -25,8 +25,8 @@ from .identity import content_id, same_teacher
 from .student import Student, check_bare, check_peft, fold, fold_layer
 from .teachers.base import Teacher
 from .teachers.folders import DEFAULTS, defaults_of, load_teacher
-from .teachers.loading import (PEFT, differences, read_object, save_adapters, shapes_in,
-                                        tensors_in)
+from .teachers.loading import (PEFT, differences, read_about, read_object,
+                                        save_adapters, shapes_in, tensors_in)
 
 # %% ../nbs/23_saved.ipynb #49cf532c
 def guidance_of(teacher:Teacher)->float: # 0 is no guidance
@@ -160,6 +160,16 @@ def _read_sampling(path, meta):
     _check_kinds(path, old, kinds, kinds)
     _check_range(path, old, dict(k=(1, 1000), w_min=(0, 1e4), w_max=(0, 1e4)))
     return told, SimpleNamespace(**{k: old[k] for k in kinds})
+
+# %% ../nbs/23_saved.ipynb #e21a53bd
+def sampling_in(folder:str|Path, # of a converted student
+               )->dict:          # keywords of `T2VTurboPipeline`
+    "Read the sampling settings of a whole student from `teacher.json`, if it has any"
+    path, about = Path(folder) / "teacher.json", read_about(folder)
+    _check_kinds(path, about, dict(sampling=dict), ())
+    told, _ = _read_sampling(path, about)
+    names = dict(steps="steps", w="guidance_scale", origin="origin_steps")
+    return {names[k]: v for k, v in told.items() if k in names}
 
 # %% ../nbs/23_saved.ipynb #340ed047
 def read_student(folder:str|Path, # written by `save_student`

@@ -246,6 +246,31 @@ def repositories(folder):
     return folder
 
 
+def students(folder):
+    "Besides `repositories`: the published students of VideoCrafter2, and CLIP's merges; returns `folder`"
+    import torch
+    from diffusers import UNet3DConditionModel
+
+    from t2v_turbo.core import make_gen
+    from t2v_turbo.standins import tiny_videocrafter2
+    from t2v_turbo.teachers.published import layer_shapes
+    from t2v_turbo.teachers.videocrafter2 import PREFIXES, stock_network, unet_config
+    folder, gen = Path(folder), make_gen(3)
+    net = {k.removeprefix(PREFIXES["unet"]): v for k, v in tiny_videocrafter2().items() if k.startswith(PREFIXES["unet"])}
+    draw = lambda *shape: .02*torch.randn(*shape, generator=gen)
+    shapes = layer_shapes(stock_network(UNet3DConditionModel, unet_config(net) | dict(time_cond_proj_dim=256)), "vc2").values()
+    pairs = [v for o, i, *k in shapes for r in [min(4, o, i)] for v in (draw(o, r, *[1]*len(k)), draw(r, i, *k))]
+    merged = net | {"time_cond_proj.weight": 10*draw(32, 256)}
+    motion = {"motion_cond_proj.weight": 10*draw(32, 256), "combine_proj.weight": 10*draw(32, 64)}
+    for name, what in {"-VC2/unet_lora.pt": pairs, "-VC2-Merged/t2v_turbo_vc2.pt": merged, "-v2/unet_mg.pt": merged | motion,
+                       "-v2-no-MG/unet_no_mg.pt": merged}.items():
+        path = folder/f"jiachenli-ucsb/T2V-Turbo{name}"
+        path.parent.mkdir(parents=True)
+        torch.save(what, path)
+    (folder/"openai/clip-vit-large-patch14/merges.txt").write_text("#version: 0.2\np a\npa n\npan d\npand a</w>\na n\nan d</w>\n")
+    return folder
+
+
 if __name__ == "__main__":
     folder, port = Path(sys.argv[1]), int(sys.argv[2])
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

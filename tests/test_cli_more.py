@@ -1,5 +1,6 @@
-"The commands `vbench`, `generate` and `rate`"
+"The commands `vbench`, `generate`, `rate` and `list`"
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,3 +67,22 @@ def test_rate(tmp_path, capsys):
     assert main(["rate", "report", str(tmp_path / "r.csv")]) == 0 and "unknown pairs were not" in capsys.readouterr().out
     assert main(["rate", "report", out]) == 2 and main(["rate", "make", a, str(tmp_path / "c"), out]) == 2
     assert main(["rate", "report", str(tmp_path / "r.csv"), "--names", "x"]) == 2
+
+
+def test_list(capsys, monkeypatch):
+    "Every name of the four tables, with what the tables know of it; the predictions themselves are made in notebook 70"
+    from t2v_turbo import plan
+    from t2v_turbo.names import STUDENTS, TEACHERS
+    from t2v_turbo.recipes import RECIPES
+    from t2v_turbo.rewards.names import FACTS
+    sizes = {n: 1e9 * i for i, n in enumerate(TEACHERS, 3)}
+    monkeypatch.setattr(plan, "plan_sampling", lambda n: SimpleNamespace(total=sizes[n]))
+    monkeypatch.setattr(plan, "reward_on_meta", lambda n: torch.nn.Linear(1, 10**6))
+    assert main(["list"]) == 0
+    lines, rows = capsys.readouterr().out.splitlines(), {}
+    for line in filter(str.strip, lines): rows.setdefault(line.split()[0], line)               # `tiny` is a recipe, too
+    assert {*TEACHERS, *STUDENTS, *FACTS, *RECIPES} <= rows.keys()
+    for n, s in (TEACHERS | STUDENTS).items():
+        assert s.licence in rows[n] and s.at in rows[n] and f"{sizes[getattr(s, 'teacher', n)] / 1e9:.1f} GB" in rows[n]
+    assert " 0.2 GB " in rows["t2v-turbo-ms"] and all(f.licence in rows[n] and f.weights in rows[n] and " 8 MB " in rows[n] for n, f in FACTS.items())
+    assert {f"{n:22}{r.about}" for n, r in RECIPES.items()} <= {*lines}

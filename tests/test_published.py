@@ -19,6 +19,7 @@ from peft import (
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from t2v_turbo.consistency import w_embedding
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError
 from t2v_turbo.saved import read_tensors
@@ -116,11 +117,11 @@ def test_vc2_through_files(path, tmp_path):
 
 @cases("vc2_unet")
 def test_vc2_merged_checkpoint(path, tmp_path):
-    "A merged state dict under VideoCrafter2's names; motion layers of v2 are left out"
+    "A merged state dict under VideoCrafter2's names"
     d, unet, named, mlp = vc2_student(path)
     teacher = under(d, "unet.")
     unet.save_pretrained(tmp_path/"base/unet")
-    torch.save(teacher | under(d, "student.") | {"combine_proj.weight": torch.ones(2, 2)}, tmp_path/"m.pt")
+    torch.save(teacher | under(d, "student."), tmp_path/"m.pt")
     convert_merged(tmp_path/"m.pt", tmp_path/"base", tmp_path/"out", the_fps(d["io.fps"]))
     near(run(load_unet(tmp_path/"out"), d, False), d["io.out"])
     near(run(load_unet(tmp_path/"out"), d), run(unet, d), 1e-6)
@@ -366,16 +367,43 @@ def turbo(seed=3):
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: dict(state_dict=s, epoch=3), lambda s: dict(module=s),
                                   lambda s: {f"model.diffusion_model.{k}": v for k, v in s.items()}])
-def test_merged_checkpoints_in_any_wrapping(made, tmp_path, capsys, wrap):
-    "The two motion layers of v2 are named and left out; every other tensor arrives"
-    state, motion = turbo(), {"motion_cond_proj.weight": torch.zeros(32, 256), "combine_proj.weight": torch.zeros(256, 512)}
-    torch.save(wrap(state | motion), tmp_path/"m.pt")
+def test_merged_checkpoints_in_any_wrapping(made, tmp_path, wrap):
+    state = turbo()
+    torch.save(wrap(state), tmp_path/"m.pt")
     convert_merged(tmp_path/"m.pt", made/"vc2", tmp_path/"o", 8)
-    assert "left out: motion_cond_proj.weight, combine_proj.weight" in capsys.readouterr().out
     got = load_unet(tmp_path/"o").state_dict()
     assert torch.equal(got[f"{COND}.weight"], state["time_cond_proj.weight"])
     want = unet_from_vc2(state, 8)[1]
     assert set(got) == set(want) and all(torch.equal(got[k], v) for k, v in want.items())
+
+
+@torch.no_grad()
+def test_the_motion_layers_of_v2_are_folded_in(made, tmp_path, capsys):
+    "The converted UNet answers as one that runs both layers at motion scale 0"
+    gen = make_gen(5)
+    draw = lambda *shape: .1*torch.randn(*shape, generator=gen)
+    M, C, state = draw(32, 256), draw(32, 64), turbo() | {"time_cond_proj.weight": draw(32, 256)}
+    torch.save(state | {"motion_cond_proj.weight": M, "combine_proj.weight": C}, tmp_path/"m.pt")
+    convert_merged(tmp_path/"m.pt", made/"vc2", tmp_path/"o", 8, steps=16, origin=200)
+    assert "folded in, for motion scale 0" in capsys.readouterr().out
+    assert json.loads((tmp_path/"o/teacher.json").read_text())["sampling"] == dict(steps=16, origin=200)
+
+    class Both(torch.nn.Module):
+        "What the published network adds to the embedding of the timestep"
+        def forward(self, e):
+            motion = w_embedding(torch.zeros(len(e)))
+            return torch.cat([e @ state["time_cond_proj.weight"].T, motion @ M.T], 1) @ C.T
+
+    got, two = load_unet(tmp_path/"o"), UNet3DConditionModel.from_config(unet_from_vc2(state, 8)[0]).eval()
+    two.load_state_dict(unet_from_vc2(state, 8)[1])
+    two.time_embedding.cond_proj = Both()
+    x, ctx = torch.randn(1, 4, 2, 8, 8, generator=gen), torch.randn(1, 5, 64, generator=gen)
+    ask = lambda net, w: net(x, torch.tensor([499]), ctx, timestep_cond=w_embedding(torch.tensor([w]))).sample
+    for w in (0., 7.5): near(ask(got, w), ask(two, w), 1e-4)
+    assert relative(ask(got, 0.), ask(got, 7.5)) > 1e-3
+    for wrong in ({"combine_proj.weight": C[:, 1:]}, {"motion_cond_proj.weight": None}):
+        torch.save({k: v for k, v in (state | {"motion_cond_proj.weight": M, "combine_proj.weight": C} | wrong).items() if v is not None}, tmp_path/"m.pt")
+        with pytest.raises(UserError, match="the motion layers of .*: give unet_mg.pt as it was published"): convert_merged(tmp_path/"m.pt", made/"vc2", tmp_path/"x")
 
 
 def without(*names): return lambda s: {k: v for k, v in s.items() if not k.startswith(names)}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'PEFT', 'not_a_pointer', 'local_file', 'read_object', 'read_torch', 'differences', 'shapes_in', 'tensors_in',
-           'load_streamed', 'check_size', 'check_whole', 'dtype_arg', 'check_config', 'check_words', 'which_weights',
-           'not_counted', 'load_part', 'read_about', 'save_adapters', 'new_folder', 'save_parts']
+           'empty_network', 'load_streamed', 'check_size', 'check_whole', 'dtype_arg', 'check_config', 'check_words',
+           'which_weights', 'not_counted', 'load_part', 'read_about', 'save_adapters', 'new_folder', 'save_parts']
 
 # %% ../../nbs/16_loading.ipynb #94020d9b
 import copy
@@ -144,19 +144,26 @@ def _fits(net, files):
     return (shapes == {k: tuple(v.shape) for k, v in net.state_dict().items()}
             and all(v["dtype"] in _KINDS for v in found.values()))
 
+def empty_network(cls:type,      # class of a component
+                  path:str|Path, # its folder
+                  variant:str|None=None, # of its files, such as `fp16`
+                 )->tuple|None:  # the network on `meta`, and its files; `None`: of other names
+    "Build a diffusers network without memory, if its files hold exactly its tensors"
+    path = Path(path)
+    if not issubclass(cls, ModelMixin) or not (path/"config.json").is_file(): return None
+    try:
+        with init_empty_weights(): net = cls.from_config(cls.load_config(path))
+        return (net, files) if _fits(net, files := _files(path, variant)) else None
+    except Exception: return None                     # `from_pretrained` reports the error
+
 def load_streamed(cls:type,          # class of a component
                   path:str|Path,     # its folder
                   dtype:torch.dtype, # of its weights
                   variant:str|None=None, # of its files, such as `fp16`
                  )->Any:             # the network, or `None`: load it with `cls.from_pretrained`
     "Load a diffusers network directly in its final precision"
-    path = Path(path)
-    if not issubclass(cls, ModelMixin) or not (path/"config.json").is_file(): return None
-    try:
-        with init_empty_weights(): net = cls.from_config(cls.load_config(path))
-        if not _fits(net, files := _files(path, variant)): return None
-    except Exception: return None                     # `from_pretrained` reports the error
-    keep, state = set(cls._keep_in_fp32_modules or ()), {}
+    if not (found := empty_network(cls, path, variant)): return None
+    (net, files), keep, state = found, set(cls._keep_in_fp32_modules or ()), {}
     def to(name, kind):
         if not kind.is_floating_point: return kind
         return torch.float32 if keep & {*name.split(".")} else dtype

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FPS', 'COND', 'lora_order', 'read_lora', 'layer_shapes', 'name_lora', 'update_of', 'merge_fps', 'merge_lora',
-           'w_weight', 'read_state', 'rebuild', 'with_w_projection', 'lora_config', 'to_peft', 'load_unet', 'load_fps',
-           'convert_lora', 'convert_merged']
+           'w_weight', 'read_state', 'rebuild', 'with_w_projection', 'lora_config', 'to_peft', 'load_unet', 'base_unet',
+           'load_fps', 'convert_adapters', 'convert_lora', 'convert_merged', 'fold_motion']
 
 # %% ../../nbs/20_published.ipynb #41f1705a
 import shutil
@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..consistency import w_embedding
 from ..core import make_gen
 from ..files import UserError, atomic, write_json
 from .base import Teacher
-from .loading import (check_whole, load_part, new_folder, read_about, read_torch,
-                                        save_adapters)
-from .videocrafter2 import (FPS_FILE, PREFIXES, fps_bias, set_fps, unet_from_vc2,
+from .loading import (check_config, check_whole, empty_network, load_part,
+                                        new_folder, read_about, read_torch, save_adapters,
+                                        tensors_in, which_weights)
+from .videocrafter2 import (FPS_FILE, PREFIXES, fps_bias, unet_from_vc2,
                                               vc2_lora_layers, vc2_to_diffusers, writing)
 from ..weights import read_weights
 
@@ -199,6 +201,18 @@ def _unet_folder(folder):
         raise UserError(f"no UNet in {str(folder)!r}: give a diffusers folder that holds unet/")
     return at
 
+# %% ../../nbs/20_published.ipynb #fcae75ab
+def base_unet(folder:str|Path, # of a base model, see `load_unet`
+              dtype=torch.float32, # the precision that it will be loaded in, see `hub.pick`
+             )->tuple:         # its UNet, for names and shapes; pairs (name, tensor)
+    "Open the UNet of a folder without memory for its weights; read odd files whole"
+    at, kind = _unet_folder(folder), UNet3DConditionModel
+    check_config(kind, at)
+    files = which_weights(kind, at, dtype=dtype)
+    empty = files["use_safetensors"] and empty_network(kind, at, files["variant"])
+    if empty: return empty[0], (pair for f in empty[1] for pair in tensors_in(f))
+    return (unet := load_unet(folder)), unet.state_dict().items()
+
 def load_fps(folder:str|Path, # of a converted VideoCrafter2
             )->dict:      # `fps_embedding.{0,2}.{weight,bias}` and `time_embed.2.bias`
     "Load the fps MLP, which diffusers' UNet lacks"
@@ -209,7 +223,7 @@ def load_fps(folder:str|Path, # of a converted VideoCrafter2
     return read_torch(file, "the folder as it was converted")
 
 # %% ../../nbs/20_published.ipynb #62f28452
-def _write_model(out, unet, base_folder, mlp=None, fps=None):
+def _write_model(out, unet, base_folder, mlp=None, **about_it):
     "Write a complete diffusers folder: this UNet, and the other parts of the base"
     base_folder, about = Path(base_folder), Path(base_folder) / "teacher.json"
     with atomic(out) as tmp:
@@ -219,12 +233,10 @@ def _write_model(out, unet, base_folder, mlp=None, fps=None):
             unet.save_pretrained(tmp / "unet", max_shard_size="2GB")
         if mlp is None: return
         save_file({k: v.contiguous() for k, v in mlp.items()}, tmp / FPS_FILE)
-        if about.is_file():
-            write_json(tmp / about.name, read_about(base_folder) | dict(fps=fps))
+        if about.is_file(): write_json(tmp / about.name, read_about(base_folder) | about_it)
 
-def _write_adapters(out, unet, named, extra, about):
+def _write_adapters(out, named, extra, marks, about):
     "Write a student folder: PEFT's two files and `student.json`"
-    marks = Teacher.fingerprints(SimpleNamespace(denoiser=unet))
     config = lora_config(named)
     with atomic(out) as tmp:
         tmp.mkdir()
@@ -233,7 +245,49 @@ def _write_adapters(out, unet, named, extra, about):
         write_json(tmp / "student.json", dict(teacher=about["base_model"], options=options,
                                               rank=config.r, fingerprints=marks, about=about))
 
+# %% ../../nbs/20_published.ipynb #04d397e2
+class _Sample:
+    "The values of a tensor that `Teacher.fingerprint` reads, in the place of the tensor"
+    def __init__(self,
+                 v:Tensor): # whole; not kept
+        self.shape, n = v.shape, v.numel()
+        self.numel, self.values = lambda: n, v.flatten()[::max(1, n // 256)].clone()
+
+    def detach(self): return self
+    flatten = detach
+    def __getitem__(self, steps): return self.values
+
 # %% ../../nbs/20_published.ipynb #8fecac58
+def _pairs(path, base_folder, unet, base):
+    "Name the pairs of a list for a base model; read the fps MLP that goes with them"
+    named = name_lora(read_lora(path), with_w_projection(unet), base)
+    if base == "ms" and (Path(base_folder) / FPS_FILE).is_file():
+        raise UserError(f"{str(base_folder)!r} is VideoCrafter2, not the base 'ms' of this list: "
+                        "give a folder of ModelScopeT2V")
+    return named, load_fps(base_folder) if base == "vc2" else None
+
+def convert_adapters(path:str|Path, # the published `unet_lora.pt`
+                     base_folder:str|Path, # diffusers folder of its base model
+                     out:str|Path,  # folder to write; must not exist
+                     about:dict,    # `base`, `w_projection`, `base_model`, `fps` of `convert_lora`
+                     dtype=torch.float32, # the precision that the base will be loaded in
+                    )->None:
+    "Convert the published list to adapters, with one tensor of the base in memory at a time"
+    unet, tensors = base_unet(base_folder, dtype)
+    named, mlp = _pairs(path, base_folder, unet, about["base"])
+    extra = {f"{COND}.weight": w_weight(update_of(*named.pop(COND)), about["w_projection"])}
+    held = {n: _Sample(v) for n, v in tensors}
+    if mlp:
+        bias, fps = "time_embedding.linear_2{}.bias", about["fps"]
+        extra[bias.format(".base_layer")] = fps_bias(merge_fps(named, mlp), fps)
+        held[bias.format("")] = _Sample(fps_bias(mlp, fps))       # as `options` will load it
+    own = next(s.values.dtype for s in held.values())
+    marks = Teacher.fingerprints(SimpleNamespace(denoiser=SimpleNamespace(
+        dtype=own, state_dict=lambda: held)))
+    about = dict(source=Path(path).name) | about
+    _write_adapters(out, {n: p for n, p in named.items() if n not in FPS}, extra, marks, about)
+
+# %% ../../nbs/20_published.ipynb #6e7529d8
 @torch.no_grad()
 def convert_lora(path:str|Path,       # the published `unet_lora.pt`
                  base_folder:str|Path, # diffusers folder of its base model
@@ -246,31 +300,24 @@ def convert_lora(path:str|Path,       # the published `unet_lora.pt`
                 )->None:
     "Convert the published LoRA list to named safetensors, or to a merged model"
     new_folder(out); check_whole("fps", fps)
-    tensors, unet = read_lora(path), with_w_projection(load_unet(base_folder))
-    named = name_lora(tensors, unet, base)
-    if base == "ms" and (Path(base_folder) / FPS_FILE).is_file():
-        raise UserError(f"{str(base_folder)!r} is VideoCrafter2, not the base 'ms' of this list: "
-                        "give a folder of ModelScopeT2V")
-    mlp = load_fps(base_folder) if base == "vc2" else None
+    if not merged:
+        about = dict(base=base, w_projection=str(w_projection),
+                     base_model=base_model or str(Path(base_folder).resolve()))
+        return convert_adapters(path, base_folder, out,
+                                about | (dict(fps=fps) if base == "vc2" else {}))
+    unet = with_w_projection(load_unet(base_folder))
+    named, mlp = _pairs(path, base_folder, unet, base)
     proj = w_weight(update_of(*named.pop(COND)), w_projection)
-    if merged:
-        mlp = merge_lora(unet, named, mlp, fps)
-        unet.time_embedding.cond_proj.weight.copy_(proj)
-        return _write_model(out, unet, base_folder, mlp, fps)
-    extra = {f"{COND}.weight": proj.contiguous()}
-    if mlp:
-        extra["time_embedding.linear_2.base_layer.bias"] = fps_bias(merge_fps(named, mlp), fps)
-        set_fps(unet, base_folder, fps)      # the same teacher as `options` will load
-    about = dict(source=Path(path).name, base=base, w_projection=str(w_projection),
-                 base_model=base_model or str(Path(base_folder).resolve()))
-    if mlp: about |= dict(fps=fps)
-    _write_adapters(out, unet, {n: p for n, p in named.items() if n not in FPS}, extra, about)
+    mlp = merge_lora(unet, named, mlp, fps)
+    unet.time_embedding.cond_proj.weight.copy_(proj)
+    _write_model(out, unet, base_folder, mlp, fps=fps)
 
 # %% ../../nbs/20_published.ipynb #5c732586
 def convert_merged(path:str|Path,    # `t2v_turbo_vc2.pt`, `unet_no_mg.pt` or `unet_mg.pt`
                    base_folder:str|Path, # diffusers folder of VideoCrafter2, for the other parts
                    out:str|Path,     # folder to write; must not exist
                    fps:int=16,       # frames per second; 8 for T2V-Turbo-v2
+                   **sampling,       # `steps`, `w` and `origin`, for `teacher.json`
                   )->None:
     "Convert a published merged UNet of VideoCrafter2 to a diffusers folder"
     new_folder(out); check_whole("fps", fps)
@@ -285,13 +332,34 @@ def convert_merged(path:str|Path,    # `t2v_turbo_vc2.pt`, `unet_no_mg.pt` or `u
     with torch.device("meta"): unet = UNet3DConditionModel.from_config(config)
     unet.load_state_dict(new, assign=True)
     mlp = {k: v for k, v in state.items() if k.startswith(kept)}
-    _write_model(out, unet, base_folder, mlp, fps)
+    told = dict(fps=fps) | (dict(sampling=sampling) if sampling else {})
+    _write_model(out, unet, base_folder, mlp, **told)
+
+# %% ../../nbs/20_published.ipynb #85db3a6c
+_MOTION = ("motion_cond_proj.weight", "combine_proj.weight")    # of `unet_mg.pt`
+
+def fold_motion(state:dict, # a merged student of VideoCrafter2
+                what:str="this UNet", # name of the file in errors
+               )->dict:     # without the two layers of motion guidance
+    "Fold the motion guidance of T2V-Turbo-v2 into its neighbours, at motion scale 0"
+    M, C = (state.get(k) for k in _MOTION)
+    if M is None and C is None: return state
+    P, W = (state[k].float() for k in ("time_cond_proj.weight", "time_embed.0.weight"))
+    c, shapes = len(P), [None if v is None else tuple(v.shape) for v in (M, C)]
+    if shapes != [(c, 256), (c, 2 * c)]: raise UserError(
+        f"the motion layers of {what} are {shapes[0]} and {shapes[1]}, not {(c, 256)} and "
+        f"{(c, 2 * c)}: give unet_mg.pt as it was published")
+    rest = C[:, c:].float() @ M.float() @ w_embedding(torch.zeros(1))[0]
+    print(f"{' and '.join(_MOTION)} folded in, for motion scale 0")
+    return {k: v for k, v in state.items() if k not in _MOTION} | {
+        "time_cond_proj.weight": C[:, :c].float() @ P,
+        "time_embed.0.bias": state["time_embed.0.bias"].float() + W @ rest}
 
 # %% ../../nbs/20_published.ipynb #d33463d7
 def _flat(v): return v if isinstance(v, (list, tuple)) else [v]
 
 def _student_state(path):
-    "Read a merged student under VideoCrafter2's names, without motion guidance"
+    "Read a merged student under VideoCrafter2's names; fold in the motion guidance of v2"
     state = read_state(path)
     for n, width in (("time_cond_proj", 256), ("fps_embedding.0", None)):
         if (w := state.get(f"{n}.weight")) is None:
@@ -299,6 +367,4 @@ def _student_state(path):
         if width not in (None, w.shape[-1]):
             raise UserError(f"{n}.weight is {tuple(w.shape)} in {str(path)!r}, but a student's has "
                             f"{width} columns: give a checkpoint of T2V-Turbo")
-    if left := [k for k in state if k.startswith(("motion_cond_proj.", "combine_proj."))]:
-        print(f"left out: {', '.join(left)} (the motion guidance of T2V-Turbo-v2)")
-    return {k: v for k, v in state.items() if k not in left}
+    return fold_motion(state, repr(str(path)))
