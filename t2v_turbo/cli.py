@@ -22,8 +22,8 @@ from .running import ABLATE, ABLATE_SETS
 
 # %% ../nbs/72_cli.ipynb #5fa8f302
 TRAINING = (("start from", "recipe config"),
-            ("what to train on", "teacher variant fps scale_x0 frames height width data texts "
-                                 "missing mix workers"),
+            ("what to train on", "teacher teacher_lora variant fps scale_x0 frames height width data "
+                                 "texts missing mix workers"),
             ("what is varied", "over alone seeds sample_steps jobs"),
             ("objective", "reward vocabulary k w_min w_max huber_c beta_img beta_vid shape "
                           "image_frames video_frames window match_official"),
@@ -33,7 +33,7 @@ TRAINING = (("start from", "recipe config"),
             ("judging", "eval_every student_w student_steps clips_each prompts held_out reference "
                         "on_hacking patience repeats teacher_w"),
             ("files", "out save_every keep keep_every track"))
-GROUPS = (("model", "student teacher variant dtype_of_teacher"),
+GROUPS = (("model", "student teacher teacher_lora variant dtype_of_teacher"),
           ("what to work on", "data texts prompt prompts suite samples frames height width fps"),
           ("sampling", "steps w origin seed k repeats"),
           ("memory", "dtype offload slicing batch at_once device"),

@@ -137,7 +137,8 @@ def samplers(student,       # the new student
     w = own["w"] if looks.student_w < 0 else looks.student_w   # -1: its own
     teacher_w = defaults_of(who).guidance if extra.teacher_w is None else extra.teacher_w
     dtype = next(student.teacher.vae.parameters()).dtype
-    teacher = load_teacher(who, dtype=dtype).to(device)
+    lora = student.teacher.options.get("teacher_lora", "")
+    teacher = load_teacher(who, dtype=dtype, teacher_lora=lora).to(device)
     by = lambda s: lambda prompts, seed: sample_student(s, prompts, make_gen(seed), n, w)
     cd = [load_student(WEIGHTS / "tiny-cd").to(device)] if who == "tiny" else []
     return [Sampler("teacher", 50, 100, lambda prompts, seed: sample_teacher(
