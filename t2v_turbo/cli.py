@@ -37,7 +37,7 @@ GROUPS = (("model", "student teacher teacher_lora variant dtype_of_teacher"),
           ("what to work on", "data texts prompt prompts suite samples frames height width fps"),
           ("sampling", "steps w origin seed k repeats"),
           ("memory", "dtype offload slicing batch at_once device"),
-          ("files", "out format verify"))
+          ("files", "out form format verify"))
 _CHECKED = constant("config:CHOICES", OPTIMIZERS=constant("optimizer:OPTIMIZERS"), dict=dict)
 CHOICES = (*(_CHECKED | dict(dtype=("auto", *_CHECKED["dtype"]), on_hacking=("off", "warn", "stop"),
                              shape=constant("rewards.base:SHAPES_OF_J"))).items(),)
@@ -56,6 +56,8 @@ VERBS = (
     Verb("recipes", "list the recipes and their flags", "recipes:print_recipes", quiet=False),
     Verb("sample", "write videos of prompts", "using:sample", ("using:SampleOptions",),
          groups=GROUPS),
+    Verb("export", "write a student for diffusers or ComfyUI", "using:export",
+         ("using:ExportOptions",), groups=GROUPS),
     Verb("evaluate", "judge a student on held-out prompts", "using:evaluate",
          ("using:EvaluateOptions",)),
     Verb("generate", "write the videos of a prompt suite", "using:generate",

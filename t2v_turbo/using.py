@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sampled_as', 'sampling_of_pipe', 'sampling_of_student', 'device_named', 'SampleOptions', 'lora_option', 'placed',
-           'sample', 'EvaluateOptions', 'judged_student', 'evaluate', 'GenerateOptions', 'generate', 'VBenchCheck',
-           'VBenchScore', 'RateMake', 'RateReport', 'print_rewards', 'RewardCheck']
+           'sample', 'ExportOptions', 'export', 'EvaluateOptions', 'judged_student', 'evaluate', 'GenerateOptions',
+           'generate', 'VBenchCheck', 'VBenchScore', 'RateMake', 'RateReport', 'print_rewards', 'RewardCheck']
 
 # %% ../nbs/70_using.ipynb #f0043f92
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Literal
 
 from .files import UserError, at_least, lora_files, typed
 from .options import check_sampling, check_seed, named
+from .preparing import whole_or_nothing
 
 # %% ../nbs/70_using.ipynb #c08e25c7
 def sampled_as(own:dict, # `steps`, `w` and `origin` of a student
@@ -113,6 +114,58 @@ def sample(o:SampleOptions=SampleOptions(), # student, prompts and options
         write_video(paths[-1], clip, pipe.config.fps)
         print(paths[-1])
     return paths
+
+# %% ../nbs/70_using.ipynb #13ea4477
+@dataclass(frozen=True)
+class ExportOptions:
+    "A student for programs that do not know this package"
+    student:str            # student folder, or diffusers folder of a whole student
+    out:str                # folder to write; must not exist
+    form:Literal["folder", "lora", "comfyui"] = "folder" # a whole model for diffusers, or LoRA
+    teacher_lora:str = ""  # new place of its teacher's LoRA, or LoRA to fuse into a whole model
+    w:float|None = None    # guidance scale to fold in, 0 is none
+    steps:int|None = None  # network calls a clip, 1..16; the scheduler is made for them
+    origin:int|None = None # timesteps of the training grid; 200 for T2V-Turbo-v2
+    dtype:Literal["auto", "float32", "bfloat16", "float16"] = "float32" # of a folder's weights
+
+    def __post_init__(self):
+        typed(self)
+        check_sampling(self.steps, self.w, self.origin)
+        named(student=self.student, out=self.out)
+        lora_files(self.teacher_lora)
+
+# %% ../nbs/70_using.ipynb #96a4bdde
+def _check_wan(folder, form):
+    "Raise `UserError` for a student whose LoRA no other program can read, before it is loaded"
+    from diffusers import WanTransformer3DModel
+
+    from t2v_turbo.saved import read_student
+    from t2v_turbo.teachers.folders import network_on_meta
+    teacher = read_student(folder)[0]["teacher"]
+    net = network_on_meta(teacher)
+    if net is not None and type(net) is not WanTransformer3DModel: raise UserError(
+        f"--form {form} is for students of Wan, but {str(folder)!r} has teacher {teacher!r}, a "
+        f"{type(net).__name__} whose LoRA no other program reads: give --form folder")
+
+@whole_or_nothing()
+def export(o:ExportOptions, # student and form
+          )->int:           # 0
+    "Write a student as a stock diffusers folder, or as LoRA for diffusers or ComfyUI"
+    from t2v_turbo.core import as_dtype, pick_device
+    from t2v_turbo.export import export_lora, export_stock
+    from t2v_turbo.pipeline import T2VTurboPipeline
+    from t2v_turbo.saved import load_student
+    from t2v_turbo.teachers.loading import new_folder
+    new_folder(o.out)
+    if o.form == "folder":
+        pipe = T2VTurboPipeline.from_pretrained(o.student, dtype=as_dtype(o.dtype, pick_device()),
+                                                **lora_option(o))
+        print(export_stock(pipe, o.out, o.w, o.origin, o.steps))
+        return 0
+    _check_wan(o.student, o.form)
+    student = load_student(o.student, **lora_option(o))
+    print(export_lora(student, o.out, o.w, o.steps, o.form == "comfyui", o.origin))
+    return 0
 
 # %% ../nbs/70_using.ipynb #f8a7f33b
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'LOADERS', 'CLASSES', 'DEFAULTS', 'kind_of', 'local_folder', 'load_unet_teacher', 'ScaledSchedule',
-           'loader_of', 'teacher_class', 'load_teacher', 'Defaults', 'in_tiny_world', 'defaults_of']
+           'loader_of', 'teacher_class', 'load_teacher', 'Defaults', 'in_tiny_world', 'defaults_of', 'network_on_meta']
 
 # %% ../../nbs/22_folders.ipynb #41f1705a
 from dataclasses import dataclass
@@ -323,7 +323,8 @@ def defaults_of(name:str|Teacher="tiny", # one of `SHIPPED`, a folder, a hub id,
     return _defaults_of_kind(name, kind, about)
 
 # %% ../../nbs/22_folders.ipynb #a5e81911
-def _on_meta(name):
+def network_on_meta(name:str, # of a teacher, as for `load_teacher`
+                   )->torch.nn.Module|None:
     "Build a teacher's network without weights; `None` for a class of another package"
     config = next((c for n in _PLACES if (c := _about(name, f"{n}/config.json"))), {})
     kind = str(config.get("_class_name"))
@@ -335,7 +336,7 @@ def _on_meta(name):
 def _early_loras(name, text):
     "Read LoRA files before the teacher is fetched or loaded; `None` if its class is unknown"
     lora_files(text)                                     # raises for a missing file
-    net = _on_meta(name)
+    net = network_on_meta(name)
     return None if net is None else read_loras(text, net, name)
 
 def _with_loras(teacher, text, loras):
