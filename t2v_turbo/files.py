@@ -74,11 +74,16 @@ LORA_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors") #
 def _lora_file(file):
     "Return the path of a LoRA file, also of the one in a folder; raise `UserError` without one"
     path = Path(file)
-    if path.is_dir(): path = next((path/n for n in LORA_NAMES if (path/n).is_file()), path)
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        named = [f for f in found if f.name in LORA_NAMES] or found
+        if len(named) == 1: return named[0].as_posix()
+        raise UserError(f"folder {file!r} holds {len(found)} files of LoRA: give the "
+                        ".safetensors file")
     hub = len(path.parts) > 2 and not path.is_absolute() and not Path(path.parts[0]).exists()
     if path.suffix != ".safetensors":
         raise UserError(f"LoRA {file!r} is not read, since formats other than safetensors can run "
-                        f"code: give a .safetensors file, or a folder that holds {LORA_NAMES[0]}")
+                        "code: give a .safetensors file")
     if path.is_file() or hub and not file.startswith("."): return path.as_posix()
     raise UserError(f"no LoRA file {file!r}: give a .safetensors file, or owner/name/file on the "
                     "hub")
