@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet3DConditionModel, WanTransformer3DModel
 from diffusers.loaders import PeftAdapterMixin
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..files import UserError, lora_files
