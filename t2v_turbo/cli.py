@@ -22,8 +22,8 @@ from .running import ABLATE, ABLATE_SETS
 
 # %% ../nbs/72_cli.ipynb #5fa8f302
 TRAINING = (("start from", "recipe config"),
-            ("what to train on", "teacher teacher_lora variant fps scale_x0 frames height width data "
-                                 "texts missing mix workers"),
+            ("what to train on", "teacher teacher_lora variant fps scale_x0 frames height width "
+                                 "data texts missing mix workers"),
             ("what is varied", "over alone seeds sample_steps jobs"),
             ("objective", "reward vocabulary k w_min w_max huber_c beta_img beta_vid shape "
                           "image_frames video_frames window match_official"),

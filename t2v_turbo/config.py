@@ -14,7 +14,8 @@ from importlib.util import find_spec
 
 from .core import pick_dtype
 from .distill import Objective
-from .files import UserError, at_least, lora_files, typed
+from .files import UserError, at_least, typed
+from .hub import lora_files
 from .memory import savings_of
 from .optimizer import OPTIMIZERS
 from .rewards.names import missing_rewards, named_frames

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .files import UserError, at_least, lora_files, typed
+from .files import UserError, at_least, typed
 from .options import check_sampling, check_seed, named
 
 # %% ../nbs/69_preparing.ipynb #13ffb081
@@ -126,6 +126,7 @@ class CacheOptions:
     verify:bool = False  # read every shard, and recompute changed ones
 
     def __post_init__(self):
+        from t2v_turbo.hub import lora_files
         typed(self)
         at_least(vars(self), samples=0, batch=1, frames=0, height=0, width=0, fps=0, at_once=0)
         check_sampling(w=self.w); lora_files(self.teacher_lora)

@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from .files import UserError, at_least, lora_files, typed
+from .files import UserError, at_least, typed
 from .options import made
 from .recipes import note_settings
 
@@ -44,6 +44,7 @@ def read_config(values:dict, # name: value, of `Config` and of `Objective`; othe
                ): # `train.Config`
     "Make the settings of a training; missing settings are left to the teacher"
     from t2v_turbo.config import objective_of
+    from t2v_turbo.hub import lora_files
     from t2v_turbo.train import Config, Objective
     lora_files(values.get("teacher_lora", ""))          # raises before anything is fetched
     names = {f.name for f in fields(Objective)}

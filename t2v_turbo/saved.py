@@ -20,7 +20,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .consistency import few_step_grid
-from .files import UserError, lora_files, write_json
+from .files import UserError, write_json
+from .hub import lora_files
 from .identity import content_id, same_teacher
 from .student import Student, check_bare, check_peft, fold, fold_layer
 from .teachers.base import Teacher
@@ -252,8 +253,9 @@ def _teacher_for(meta, dtype, more):
     "Load the teacher of a student; `more` overrides its own options"
     options = meta.get("options", {}) | more
     try: lora_files(str(options.get("teacher_lora", "")))
-    except UserError as e: raise UserError(f"the student's teacher has a LoRA, and {e}; a file that "
-                                           "has moved is given as teacher_lora") from None
+    except UserError as e: raise UserError(
+        f"the student's teacher has a LoRA, and {e}; a file that has moved is given as teacher_lora"
+        ) from None
     try: return load_teacher(meta["teacher"], dtype=dtype, **options)
     except TypeError as e:
         raise UserError(f"options {options!r} do not suit teacher {meta['teacher']!r} ({e}): "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .files import UserError, at_least, lora_files, typed
+from .files import UserError, at_least, typed
 from .options import check_sampling, check_seed, named
 from .preparing import whole_or_nothing
 
@@ -67,6 +67,7 @@ class SampleOptions:
     format:Literal["mp4", "gif"] = "mp4" # of the files
 
     def __post_init__(self):
+        from t2v_turbo.hub import lora_files
         typed(self)
         check_sampling(self.steps, self.w, self.origin)
         check_seed(self.seed, 63)
@@ -129,6 +130,7 @@ class ExportOptions:
     dtype:Literal["auto", "float32", "bfloat16", "float16"] = "float32" # of a folder's weights
 
     def __post_init__(self):
+        from t2v_turbo.hub import lora_files
         typed(self)
         check_sampling(self.steps, self.w, self.origin)
         named(student=self.student, out=self.out)
@@ -246,6 +248,7 @@ class GenerateOptions:
     batch:int = 4          # clips sampled at a time
 
     def __post_init__(self):
+        from t2v_turbo.hub import lora_files
         typed(self)
         check_sampling(self.steps, self.w, self.origin, None if self.teacher else 16)
         check_seed(self.seed, 63)

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from ..core import expand_to
-from ..files import UserError, lora_files, restore
-from ..hub import KNOWN, fetch_folder, nearest, read_index, split_name
+from ..files import UserError, restore
+from ..hub import KNOWN, fetch_folder, lora_files, nearest, read_index, split_name
 from ..schedule import Schedule
 from . import tiny
 from .base import Teacher

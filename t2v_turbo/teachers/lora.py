@@ -19,7 +19,8 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..files import UserError, lora_files
+from ..files import UserError
+from ..hub import lora_files
 from ..identity import content_id
 from .base import Teacher
 from .loading import differences, local_file, read_object, tensors_in
