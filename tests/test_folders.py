@@ -605,3 +605,14 @@ def test_what_is_no_lora_of_this_teacher(wan, ms, tmp_path, spoil, says, monkeyp
     def never(*args, **kw): raise AssertionError("weights were loaded")
     monkeypatch.setattr("t2v_turbo.teachers.folders.loader_of", never)
     with pytest.raises(UserError, match=says): load_teacher(wan, teacher_lora=f"{tmp_path}/style.safetensors")
+
+
+def test_a_lora_on_the_hub(wan, tmp_path, monkeypatch):
+    "Its name stays in the options, so that a student finds it on another machine"
+    net = load_teacher(wan).denoiser
+    file, _ = loras.write(loras.random_lora(net, loras.in_blocks(net)), "kohya", tmp_path/"s", net)
+    asked = []
+    monkeypatch.setattr("t2v_turbo.teachers.loading.fetch_file", lambda name: asked.append(name) or file)
+    t = load_teacher(wan, teacher_lora="me/mine/style.safetensors=.5")
+    assert asked == ["me/mine/style.safetensors"] and t.options == dict(teacher_lora="me/mine/style.safetensors=0.5")
+    assert t.fingerprints() == load_teacher(wan, teacher_lora=f"{file}=.5").fingerprints()
