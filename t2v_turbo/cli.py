@@ -22,8 +22,8 @@ from .running import ABLATE, ABLATE_SETS
 
 # %% ../nbs/72_cli.ipynb #5fa8f302
 TRAINING = (("start from", "recipe config"),
-            ("what to train on", "teacher variant fps scale_x0 frames height width data texts "
-                                 "missing mix workers"),
+            ("what to train on", "teacher teacher_lora variant fps scale_x0 frames height width "
+                                 "data texts missing mix workers"),
             ("what is varied", "over alone seeds sample_steps jobs"),
             ("objective", "reward vocabulary k w_min w_max huber_c beta_img beta_vid shape "
                           "image_frames video_frames window match_official"),
@@ -33,11 +33,11 @@ TRAINING = (("start from", "recipe config"),
             ("judging", "eval_every student_w student_steps clips_each prompts held_out reference "
                         "on_hacking patience repeats teacher_w"),
             ("files", "out save_every keep keep_every track"))
-GROUPS = (("model", "student teacher variant dtype_of_teacher"),
+GROUPS = (("model", "student teacher teacher_lora variant dtype_of_teacher"),
           ("what to work on", "data texts prompt prompts suite samples frames height width fps"),
           ("sampling", "steps w origin seed k repeats"),
           ("memory", "dtype offload slicing batch at_once device"),
-          ("files", "out format verify"))
+          ("files", "out form format verify"))
 _CHECKED = constant("config:CHOICES", OPTIMIZERS=constant("optimizer:OPTIMIZERS"), dict=dict)
 CHOICES = (*(_CHECKED | dict(dtype=("auto", *_CHECKED["dtype"]), on_hacking=("off", "warn", "stop"),
                              shape=constant("rewards.base:SHAPES_OF_J"))).items(),)
@@ -58,6 +58,8 @@ VERBS = (
     Verb("recipes", "list the recipes and their flags", "recipes:print_recipes", quiet=False),
     Verb("sample", "write videos of prompts", "using:sample", ("using:SampleOptions",),
          groups=GROUPS),
+    Verb("export", "write a student for diffusers or ComfyUI", "using:export",
+         ("using:ExportOptions",), groups=GROUPS),
     Verb("evaluate", "judge a student on held-out prompts", "using:evaluate",
          ("using:EvaluateOptions",)),
     Verb("generate", "write the videos of a prompt suite", "using:generate",

@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from .core import pick_dtype
 from .distill import Objective
 from .files import UserError, at_least, typed
+from .hub import lora_files
 from .memory import savings_of
 from .optimizer import OPTIMIZERS
 from .rewards.names import missing_rewards, named_frames
@@ -30,6 +31,7 @@ class Config:
     height:int = 0             # of a clip, pixels; 0: the teacher's own
     width:int = 0
     fps:int = 0                # frames per second, if the teacher reads it; 0: its own
+    teacher_lora:str = ""      # LoRA files fused into the teacher, FILE[=strength], ..
     variant:str = ""           # of a hub id's weights, such as fp16; empty: those available
     scale_x0:int = 0           # 1: with the data factor that VideoCrafter2 was trained with
     reward:str = ""            # name[=weight][@file], .. of notebook 33; empty: the tiny world's
@@ -103,7 +105,7 @@ def _check_config(c):
         if getattr(c, n) not in known:
             told = ", ".join(k or "nothing" for k in known)
             raise UserError(f"{n} {getattr(c, n)!r}: give one of {told}")
-    savings_of(c.save_memory)
+    savings_of(c.save_memory); lora_files(c.teacher_lora)
     if c.track and find_spec(c.track) is None:
         raise UserError(f"track {c.track}: that package is not here; pip install {c.track}, or "
                         "give nothing")
@@ -170,7 +172,7 @@ FORMAT = 2     # of a checkpoint; version 1 had none, and drew noise from other 
 FREE = ("steps", "save_every", "out", "keep", "keep_every", "max_skipped", "track", "accumulate",
         "save_memory", "workers", "compile", "vocabulary",
         "variant", "missing",
-        "data", "texts", "teacher")     # the last three are identified by content, not by place
+        "data", "texts", "teacher", "teacher_lora")  # these four by content, not by place
 
 # %% ../nbs/52_config.ipynb #dbe27c22
 def check_format(path:str,   # of the checkpoint, named in errors

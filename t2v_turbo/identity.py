@@ -54,6 +54,7 @@ def weights_id(module:nn.Module, # not sharded
 def weights_ids(module:nn.Module, # not sharded
                )->dict:           # name of a dtype: `weights_id`
     "Hash the weights in their own precision and in lower ones"
+    if fused := getattr(module, "fused_ids", None): return dict(fused)   # of `fuse_loras`
     own = own_dtype(module)
     kinds = (own,) if own in _HALF else (own, *_HALF)
     return {str(d).removeprefix("torch."): weights_id(module, d) for d in kinds}

@@ -139,6 +139,7 @@ _LOAD = dict(device_map="call .to(device) or .enable_model_cpu_offload() afterwa
              use_safetensors="weights are read from safetensors only; leave it out",
              low_cpu_mem_usage="memory is always saved; leave it out",
              custom_pipeline="this class is the pipeline; leave it out",
+             teacher_lora="LoRA is folded into its weights; give the student's own folder",
              safety_checker="there is none to turn off; leave it out")
 
 def refuse_options(call:str,   # name of the call, for the error
@@ -335,7 +336,7 @@ def from_teacher(cls,
 
 # %% ../nbs/24_pipeline.ipynb #bc3feb57
 _PARTS = ("vae", "text_encoder", "tokenizer", "denoiser", "scheduler")
-_SIZES = ("variant", "frames", "size", "fps")     # options of `load_teacher`
+_SIZES = ("variant", "frames", "size", "fps", "teacher_lora")    # options of `load_teacher`
 _OWN = ("num_frames", "fps", "guidance_scale", "height", "width", "origin_steps", "steps")
 
 def _part(folder, name, kind, dtype, variant):

@@ -105,6 +105,7 @@ class CacheOptions:
     kind:Literal["text", "latents", "samples", "pairs"] # samples: latents out of prompts
     out:str              # folder of the cache; resumes if started
     teacher:str = "tiny" # `tiny`, `tiny-flow`, a folder that holds a teacher, or a hub id
+    teacher_lora:str = "" # LoRA files fused into the teacher, FILE[=strength], ..
     data:str = ""        # as for `distill`; samples: prompts; empty: the tiny world
     samples:int = 0      # in all; 0: every clip or prompt of the data
     batch:int = 8        # samples a step, that of the training
@@ -124,9 +125,10 @@ class CacheOptions:
     verify:bool = False  # read every shard, and recompute changed ones
 
     def __post_init__(self):
+        from t2v_turbo.hub import lora_files
         typed(self)
         at_least(vars(self), samples=0, batch=1, frames=0, height=0, width=0, fps=0, at_once=0)
-        check_sampling(w=self.w)
+        check_sampling(w=self.w); lora_files(self.teacher_lora)
         check_seed(self.seed)
         named(out=self.out)
 
@@ -138,7 +140,8 @@ def _cache_teacher(o, device):
     size = (o.height, o.width) if o.height or o.width else None
     more = dict(variant=o.variant) if o.variant else {}
     return load_teacher(o.teacher, dtype=as_dtype(o.dtype_of_teacher, device), size=size,
-                        frames=o.frames or None, fps=o.fps or None, **more).to(device)
+                        frames=o.frames or None, fps=o.fps or None,
+                        teacher_lora=o.teacher_lora, **more).to(device)
 
 def cache(o:CacheOptions, # the cache to compute
          )->None:

@@ -44,7 +44,9 @@ def read_config(values:dict, # name: value, of `Config` and of `Objective`; othe
                ): # `train.Config`
     "Make the settings of a training; missing settings are left to the teacher"
     from t2v_turbo.config import objective_of
+    from t2v_turbo.hub import lora_files
     from t2v_turbo.train import Config, Objective
+    lora_files(values.get("teacher_lora", ""))          # raises before anything is fetched
     names = {f.name for f in fields(Objective)}
     given = {k: v for k, v in values.items() if k in names and v is not None}
     objective = objective_of(values.get("teacher", Config.teacher), **given)
@@ -137,7 +139,8 @@ def samplers(student,       # the new student
     w = own["w"] if looks.student_w < 0 else looks.student_w   # -1: its own
     teacher_w = defaults_of(who).guidance if extra.teacher_w is None else extra.teacher_w
     dtype = next(student.teacher.vae.parameters()).dtype
-    teacher = load_teacher(who, dtype=dtype).to(device)
+    lora = student.teacher.options.get("teacher_lora", "")
+    teacher = load_teacher(who, dtype=dtype, teacher_lora=lora).to(device)
     by = lambda s: lambda prompts, seed: sample_student(s, prompts, make_gen(seed), n, w)
     cd = [load_student(WEIGHTS / "tiny-cd").to(device)] if who == "tiny" else []
     return [Sampler("teacher", 50, 100, lambda prompts, seed: sample_teacher(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .consistency import few_step_grid
 from .files import UserError, write_json
+from .hub import lora_files
 from .identity import content_id, same_teacher
 from .student import Student, check_bare, check_peft, fold, fold_layer
 from .teachers.base import Teacher
@@ -261,6 +262,10 @@ def merge_from(student:Student, # made with `empty`; used up
 def _teacher_for(meta, dtype, more):
     "Load the teacher of a student; `more` overrides its own options"
     options = meta.get("options", {}) | more
+    try: lora_files(str(options.get("teacher_lora", "")))
+    except UserError as e: raise UserError(
+        f"the student's teacher has a LoRA, and {e}; a file that has moved is given as teacher_lora"
+        ) from None
     try: return load_teacher(meta["teacher"], dtype=dtype, **options)
     except TypeError as e:
         raise UserError(f"options {options!r} do not suit teacher {meta['teacher']!r} ({e}): "
@@ -273,8 +278,11 @@ def _check_teacher(folder, his, teacher):
         raise UserError(f"the student in {str(folder)!r} knows its teacher in {', '.join(his)} but "
                         f"{teacher.name!r} is held in {', '.join(mine)}: load it in float32")
     if not same:
+        lora = getattr(teacher, "options", {}).get("teacher_lora")
+        name = f"{teacher.name!r}{f' with LoRA {lora!r}' if lora else ''}"
         raise UserError(f"the student in {str(folder)!r} belongs to another teacher (fingerprints "
-                        f"{his}, but {teacher.name!r} has {mine})")
+                        f"{his}, but {name} has {mine}): give the model and the LoRA that it was "
+                        "distilled from")
 
 # %% ../nbs/23_saved.ipynb #fe93e791
 def _empty_student(folder, teacher, dtype, options):

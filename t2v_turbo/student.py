@@ -167,6 +167,7 @@ def fold(net:nn.Module, # a denoiser with LoRA; changed in place
     proj.to(net.dtype).__class__ = nn.Linear
     if hasattr(net, "_hf_peft_config_loaded"): net._hf_peft_config_loaded = False
     del net.peft_config
+    vars(net).pop("fused_ids", None)         # they identify the teacher, not the student
     return net.requires_grad_(False).eval()
 
 # %% ../nbs/11_student.ipynb #6c5d0816

@@ -146,7 +146,8 @@ def _teacher(self:Trainer):
     size = (cfg.height, cfg.width) if cfg.height or cfg.width else None
     more = dict(variant=cfg.variant) if cfg.variant else {}
     return load_teacher(cfg.teacher, bool(cfg.scale_x0), getattr(torch, cfg.dtype), **more,
-                        frames=cfg.frames or None, size=size, fps=cfg.fps or None)
+                        frames=cfg.frames or None, size=size, fps=cfg.fps or None,
+                        teacher_lora=cfg.teacher_lora)
 
 # %% ../nbs/53_train.ipynb #58bffff5
 @patch
@@ -298,8 +299,10 @@ def check(self:Trainer, state:dict):
     frames = None if cfg.objective.video_frames else self.model.cfg.video_frames
     saved, mine, theirs = saved_settings(state, frames), vars(cfg), state["fingerprints"]
     if not same_teacher(theirs, self.student.fingerprints):
-        raise UserError(f"{path!r} was made with another teacher (fingerprints {theirs}, but "
-                        f"this one has {self.student.fingerprints})")
+        lora = f"teacher_lora {saved.get('teacher_lora', '')!r}, now {cfg.teacher_lora!r}"
+        raise UserError(f"{path!r} was made with another teacher ({lora}; fingerprints {theirs}, "
+                        f"but this one has {self.student.fingerprints}): give the model and the "
+                        "LoRA files that the run began with, or choose another --out")
     def same(n, what, source):
         was, now = state.get(n, ""), source.fingerprint() if source else ""
         if was != now: raise UserError(

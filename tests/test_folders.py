@@ -3,16 +3,21 @@ import json
 import re
 import shutil
 
+import loras
 import pytest
 import torch
-from diffusers import UNet3DConditionModel
+from diffusers import TextToVideoSDPipeline, UNet3DConditionModel, WanPipeline
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.files import UserError
 from t2v_turbo.identity import differing, teacher_identity
-from t2v_turbo.saved import load_student, save_student
+from t2v_turbo.saved import load_merged, load_student, save_student
 from t2v_turbo.schedule import Schedule
 from t2v_turbo.solver import DDIM
 from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2, tiny_wan
@@ -24,6 +29,8 @@ from t2v_turbo.teachers.folders import (
     load_teacher,
     local_folder,
 )
+from t2v_turbo.teachers.loading import dtype_arg
+from t2v_turbo.teachers.lora import layer_names, wan_name
 from t2v_turbo.teachers.tiny import WEIGHTS
 from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2, vc2_scheduler, x0_scale
 from t2v_turbo.teachers.wan import save_wan
@@ -427,3 +434,185 @@ def test_folders_of_older_versions_are_whole(ms, tmp_path):
     a, b = load_teacher(folder), load_teacher(ms)
     for n in ("vae", "text_encoder"):
         for (k, v), w in zip(getattr(a, n).state_dict().items(), getattr(b, n).state_dict().values()): assert torch.equal(v, w), k
+
+
+# ---- a teacher with LoRA
+
+@pytest.fixture(scope="session")
+def wan(tmp_path_factory): return save_wan(tiny_wan(), tmp_path_factory.mktemp("t")/"wan")
+
+
+def close(net, want, atol=1e-5):
+    "The weights of a network, without the w-projection; and how far they are from those of the plain teacher"
+    own = {k: v for k, v in net.state_dict().items() if "cond_proj" not in k}
+    assert own.keys() == want.keys()
+    for k, v in want.items(): torch.testing.assert_close(own[k], v, atol=atol, rtol=0, msg=lambda m: f"{k}: {m}")
+
+
+def stock_wan(folder, file, strength, dtype=torch.float32):
+    "What diffusers makes of a file, in PEFT's naming what PEFT makes of it, which diffusers does not read"
+    pipe = WanPipeline.from_pretrained(folder, **dtype_arg(WanPipeline, dtype))
+    if file.name != "adapter_model.safetensors":
+        pipe.load_lora_weights(file.parent, weight_name=file.name)
+        pipe.fuse_lora(lora_scale=strength); pipe.unload_lora_weights()
+        return pipe.transformer.state_dict()
+    net = PeftModel.from_pretrained(pipe.transformer, file.parent)
+    for m in net.modules():
+        if isinstance(m, LoraLayer): m.scale_layer(strength)
+    return net.merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("strength", [1., .7])
+@pytest.mark.parametrize("how", ["diffusers", "peft", "kohya", "comfyui"])
+def test_a_style_in_four_namings_is_what_the_library_fuses(wan, tmp_path, how, strength):
+    plain = load_teacher(wan)
+    file, _ = loras.write(loras.random_lora(plain.denoiser, loras.in_blocks(plain.denoiser)), how, tmp_path/how, plain.denoiser)
+    t = load_teacher(wan, teacher_lora=f"{file}={strength}")
+    close(t.denoiser, stock_wan(wan, file, strength))
+    moved = [k for k, v in t.denoiser.state_dict().items() if not torch.equal(v, plain.denoiser.state_dict()[k])]
+    assert len(moved) == len(loras.in_blocks(plain.denoiser)) == 20 and not any(p.requires_grad for p in t.denoiser.parameters())
+    assert t.options == dict(teacher_lora=f"{file}={strength!r}") and not hasattr(t.denoiser, "peft_config")
+    x, ctx, time = torch.randn(1, *t.latent_shape, generator=make_gen(0)), t.encode_text(["a cat"]), torch.tensor([500])
+    with torch.no_grad(): far = (t.denoise(x, time, ctx)[0] - plain.denoise(x, time, ctx)[0]).abs().max()
+    assert far > 1e-2
+
+
+def test_a_style_in_bfloat16_is_what_the_library_fuses(wan, tmp_path):
+    net = load_teacher(wan).denoiser
+    file, _ = loras.write(loras.random_lora(net, loras.in_blocks(net)), "diffusers", tmp_path/"s", net)
+    got = load_teacher(wan, dtype=torch.bfloat16, teacher_lora=str(file)).denoiser
+    close(got, stock_wan(wan, file, 1., torch.bfloat16), 0)
+
+
+class WithLora(UNet3DConditionModel, PeftAdapterMixin):
+    "What diffusers' own UNet lacks"
+
+
+def stock_unet(folder, file, strength):
+    pipe = TextToVideoSDPipeline.from_pretrained(folder)
+    with pytest.raises(AttributeError): pipe.load_lora_weights(file.parent, weight_name=file.name)    # diffusers has no LoRA of video UNets
+    pipe.unet.__class__ = WithLora
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    pipe.unet.fuse_lora(lora_scale=strength); pipe.unet.unload_lora()
+    return pipe.unet.state_dict()
+
+
+def layers_of(unet, how):
+    "Attention in space and in time, and convolutions; diffusers' old names exist for attention in space only"
+    found = [n for n, m in unet.named_modules() if hasattr(m, "weight") and m.weight.ndim > 1 and not n.endswith("cond_proj")]
+    return [n for n in found if "transformer_blocks" in n] if how == "old_diffusers" else found
+
+
+@pytest.mark.parametrize("base, how", [(b, h) for b in ("ms", "vc2") for h in loras.NAMINGS if (b, h) != ("ms", "comfyui")])
+def test_a_style_of_a_video_unet(request, tmp_path, base, how):
+    "W + strength alpha/r B A, which diffusers makes, too, once its UNet has its mixin, of the names that it reads"
+    folder = request.getfixturevalue(base)
+    plain = load_teacher(folder, **(SMALL if base == "vc2" else {})).denoiser
+    lora = loras.random_lora(plain, layers_of(plain, how))
+    file, factor = loras.write(lora, how, tmp_path/how, plain, "unet")
+    got = load_teacher(folder, teacher_lora=f"{file}=.7", **(SMALL if base == "vc2" else {})).denoiser
+    want = {k: v for k, v in plain.state_dict().items() if "cond_proj" not in k}
+    for n, (a, b) in lora.items():
+        want[f"{n}.weight"] = want[f"{n}.weight"] + .7*factor*(b.flatten(1) @ a.flatten(1)).view_as(want[f"{n}.weight"])
+    close(got, want)
+    assert type(got) is UNet3DConditionModel and len(lora) > 30
+    if how in ("diffusers", "old_diffusers"): close(got, stock_unet(folder, file, .7))
+
+
+def test_names_of_wan_are_those_that_diffusers_converts():
+    net = tiny_wan().denoiser
+    for n in {*layer_names(net).values()}:
+        assert [*convert_wan_transformer_to_diffusers({f"{wan_name(n)}.weight": torch.zeros(2, 2)})] == [f"{n}.weight"]
+
+
+def test_a_file_of_few_layers_with_changes_of_bias(wan, tmp_path):
+    "kohya's with one layer, where diffusers requires all; ComfyUI's with `diff_b`, and norms that are zero"
+    net, n = load_teacher(wan).denoiser, "blocks.1.attn2.to_out.0"
+    lora = loras.random_lora(net, [n])
+    file, factor = loras.write(lora, "kohya", tmp_path/"one", net)
+    with pytest.raises(KeyError): stock_wan(wan, file, 1.)
+    got, (a, b) = load_teacher(wan, teacher_lora=str(file)).denoiser.state_dict(), lora[n]
+    torch.testing.assert_close(got[f"{n}.weight"], net.state_dict()[f"{n}.weight"] + factor*b @ a)
+    shift = torch.randn(24, generator=make_gen(1))
+    save_file({f"diffusion_model.{wan_name(n)}.diff_b": shift, "diffusion_model.blocks.0.norm3.diff": torch.zeros(24)}, tmp_path/"b.safetensors")
+    got = load_teacher(wan, teacher_lora=f"{tmp_path}/b.safetensors=-2").denoiser.state_dict()
+    torch.testing.assert_close(got[f"{n}.bias"], net.state_dict()[f"{n}.bias"] - 2*shift)
+
+
+def test_two_styles_add_up(wan, tmp_path):
+    net = load_teacher(wan).denoiser
+    files = [loras.write(loras.random_lora(net, loras.in_blocks(net), seed), how, tmp_path/how, net)[0]
+             for seed, how in enumerate(("diffusers", "comfyui"))]
+    both, (a, b) = load_teacher(wan, teacher_lora=f"{files[0]}=.5,{files[1]}"), (load_teacher(wan, teacher_lora=f"{f}={s}") for f, s in zip(files, (.5, 1)))
+    own, (own_a, own_b) = net.state_dict(), (t.denoiser.state_dict() for t in (a, b))
+    close(both.denoiser, {k: own_a[k] + own_b[k] - own[k] for k in own if "cond_proj" not in k})
+    assert len({json.dumps(t.fingerprints()) for t in (both, a, b, load_teacher(wan))}) == 4
+
+
+def test_the_identity_of_a_fused_teacher(wan, tmp_path):
+    "The same for the same LoRA under any names and in any place; another for another strength; comparable in every precision"
+    net = load_teacher(wan).denoiser
+    lora = loras.random_lora(net, loras.in_blocks(net))
+    kohya, comfy = (loras.write(lora, how, tmp_path/how, net)[0] for how in ("kohya", "comfyui"))
+    t, same, weak = (load_teacher(wan, teacher_lora=text) for text in (str(kohya), f"{comfy}=1", f"{kohya}=.9"))
+    half = load_teacher(wan, teacher_lora=str(kohya), dtype=torch.bfloat16)
+    assert t.fingerprints() == same.fingerprints() and differing(teacher_identity(t), teacher_identity(same)) == []
+    assert differing(teacher_identity(t), teacher_identity(half)) == [] and differing(teacher_identity(t), teacher_identity(weak)) == ["denoiser"]
+    assert differing(teacher_identity(t), teacher_identity(load_teacher(wan))) == ["denoiser"]
+    with torch.no_grad():                             # another machine may add up with another rounding
+        for p in same.denoiser.parameters(): p.mul_(1 + 1e-7)
+    assert t.fingerprints() == same.fingerprints()
+
+
+def test_a_student_keeps_the_lora_of_its_teacher(wan, tmp_path):
+    net = load_teacher(wan).denoiser
+    lora = loras.random_lora(net, loras.in_blocks(net))
+    file = loras.write(lora, "comfyui", tmp_path/"s", net)[0]
+    student = Student(load_teacher(wan, teacher_lora=f"{file}=.7"), 2)
+    with torch.no_grad():
+        for p in student.trainable().values(): p.normal_(generator=make_gen(3)).mul_(.1)
+    save_student(student, tmp_path/"student")
+    args = torch.randn(1, *student.teacher.latent_shape, generator=make_gen(0)), torch.tensor([500]), student.teacher.encode_text(["a"]), torch.tensor([3.])
+    with torch.no_grad(): want, got = student(*args), load_student(tmp_path/"student")(*args)
+    assert torch.equal(got, want)
+    merged = load_merged(tmp_path/"student", torch.float32)
+    assert not hasattr(merged.teacher.denoiser, "fused_ids")
+    with torch.no_grad(): torch.testing.assert_close(merged(*args), want, atol=1e-5, rtol=1e-4)
+    load_student(tmp_path/"student", dtype=torch.bfloat16)
+    file.rename(tmp_path/"moved.safetensors")
+    with pytest.raises(UserError, match="has a LoRA, and no LoRA file '.*style.safetensors'.*; a file that has moved is given as teacher_lora"): load_student(tmp_path/"student")
+    assert torch.equal(load_student(tmp_path/"student", teacher_lora=f"{tmp_path}/moved.safetensors=.7")(*args), want)
+    for other in ("", f"{tmp_path}/moved.safetensors=.8"):
+        with pytest.raises(UserError, match="belongs to another teacher .*: give the model and the LoRA"): load_student(tmp_path/"student", teacher_lora=other)
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda d, net: loras.write(loras.random_lora(UNet3DConditionModel.from_pretrained(d/"ms/unet"), ["conv_in"]), "diffusers", d, net, "unet"),
+     "is not a LoRA for '.*wan' .1 unknown|unknown .unet.conv_in"),
+    (lambda d, net: save_file({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(2, 2)}, d/"style.safetensors"), "without parts for a text encoder"),
+    (lambda d, net: save_file({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 24)}, d/"style.safetensors"), "1 incomplete or of another shape .blocks.0.attn1.to_q"),
+    (lambda d, net: save_file({f"transformer.blocks.0.attn1.to_q.lora_{k}.weight": torch.ones(s) for k, s in (("A", (2, 1536)), ("B", (1536, 2)))}, d/"style.safetensors"),
+     "has layers such as .*(24, 24).*: give a plain LoRA that was trained on this model"),
+    (lambda d, net: save_file({"diffusion_model.blocks.0.norm3.diff": torch.ones(24)}, d/"style.safetensors"), "1 unknown .diffusion_model.blocks.0.norm3.diff"),
+    (lambda d, net: save_file({"x": torch.ones(1)}, d/"style.safetensors"), "1 unknown .x"),
+    (lambda d, net: save_file({}, d/"style.safetensors"), "it holds none"),
+    (lambda d, net: (d/"style.safetensors").write_bytes(b"12345678"), "cannot be read as safetensors")],
+    ids="of_a_unet text_encoder half_a_pair of_14b norms no_lora empty torn".split())
+def test_what_is_no_lora_of_this_teacher(wan, ms, tmp_path, spoil, says, monkeypatch):
+    "Before any weights are loaded"
+    (tmp_path/"ms").symlink_to(ms)
+    spoil(tmp_path, tiny_wan().denoiser)
+    def never(*args, **kw): raise AssertionError("weights were loaded")
+    monkeypatch.setattr("t2v_turbo.teachers.folders.loader_of", never)
+    with pytest.raises(UserError, match=says): load_teacher(wan, teacher_lora=f"{tmp_path}/style.safetensors")
+
+
+def test_a_lora_on_the_hub(wan, tmp_path, monkeypatch):
+    "Its name stays in the options, so that a student finds it on another machine"
+    net = load_teacher(wan).denoiser
+    file, _ = loras.write(loras.random_lora(net, loras.in_blocks(net)), "kohya", tmp_path/"s", net)
+    asked = []
+    monkeypatch.setattr("t2v_turbo.teachers.loading.fetch_file", lambda name: asked.append(name) or file)
+    t = load_teacher(wan, teacher_lora="me/mine/style.safetensors=.5")
+    assert asked == ["me/mine/style.safetensors"] and t.options == dict(teacher_lora="me/mine/style.safetensors=0.5")
+    assert t.fingerprints() == load_teacher(wan, teacher_lora=f"{file}=.5").fingerprints()

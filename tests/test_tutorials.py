@@ -20,12 +20,14 @@ import zipfile
 from pathlib import Path
 
 import hub
+import loras
 import pytest
 import torch
 
 from t2v_turbo import cli
 from t2v_turbo.core import make_gen, write_video
 from t2v_turbo.standins import tiny_videocrafter2
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.videocrafter2 import PREFIXES
 from t2v_turbo.world import World
 
@@ -258,6 +260,26 @@ def test_modelscope_on_one_gpu(tmp_path, published):
     run_page("modelscope_one_gpu", tmp_path, "t2v-turbo cache", samples=4, steps=2)
     run_page("modelscope_one_gpu", tmp_path, ("t2v-turbo distill", "t2v-turbo sample --student"), **REAL | dict(accumulate=2))
     assert (tmp_path / "runs/ms/student/student.json").is_file() and len(list((tmp_path / "videos").iterdir())) == 1
+
+
+def test_my_own_model(tmp_path, published):
+    "At most eight commands from an empty folder and an empty cache to a running distillation; the model, and a LoRA that stands for mine"
+    page, mine = "my_own_model", [c for p, k, c in COMMANDS if p == "my_own_model" and k in ("block", "cell")]
+    running = [i for i, c in enumerate(mine) if c.startswith("t2v-turbo distill")]
+    assert len(running) == 1 and running[0] < 8, mine
+    download(page, tmp_path, published)
+    (tmp_path / "prompts.txt").write_text("a panda dances\na red car in the rain\nwaves at dusk\na cat looks up\n")
+    net = load_teacher(tmp_path / "wan").denoiser
+    loras.write(loras.random_lora(net, loras.in_blocks(net)), "kohya", tmp_path, net)[0].rename(tmp_path / "my-style.safetensors")
+    small = dict(frames=17, height=32, width=32)
+    run_page(page, tmp_path, "t2v-turbo cache", samples=4, steps=2, **small)
+    paste(on(page, "t2v-turbo distill"), tmp_path, **SMALL | REAL | small | dict(accumulate=2))
+    run_page(page, tmp_path, ("t2v-turbo sample", "t2v-turbo export"), dtype="float32")
+    about = json.loads((tmp_path / "runs/mine/student/student.json").read_text())
+    assert about["options"]["teacher_lora"].endswith("my-style.safetensors=0.8") and len(list((tmp_path / "videos").iterdir())) == 1
+    assert (tmp_path / "mine-4-steps/transformer").is_dir()
+    assert {f.name for n in ("lora", "comfyui") for f in (tmp_path / f"mine-{n}").iterdir()} == {
+        "about.json", "scheduler", "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"}
 
 
 def test_videocrafter2_on_two_processes(tmp_path, published):

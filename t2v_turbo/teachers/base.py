@@ -165,6 +165,7 @@ def fingerprint(self:Teacher,
 @patch
 def fingerprints(self:Teacher)->dict: # name of a dtype: fingerprint
     "Return the fingerprints in the teacher's own precision and in lower ones"
+    if fused := getattr(self.denoiser, "fused_ids", None): return dict(fused)  # of `fuse_loras`
     own, less = self.denoiser.dtype, (torch.bfloat16, torch.float16)
     kinds = (own,) if own in less else (torch.float32, *less)
     return {str(d).removeprefix("torch."): Teacher.fingerprint(self, d) for d in kinds}

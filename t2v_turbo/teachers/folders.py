@@ -4,25 +4,28 @@
 
 # %% auto #0
 __all__ = ['SHIPPED', 'LOADERS', 'CLASSES', 'DEFAULTS', 'kind_of', 'local_folder', 'load_unet_teacher', 'ScaledSchedule',
-           'loader_of', 'teacher_class', 'load_teacher', 'Defaults', 'in_tiny_world', 'defaults_of']
+           'loader_of', 'teacher_class', 'load_teacher', 'Defaults', 'in_tiny_world', 'defaults_of', 'network_on_meta']
 
 # %% ../../nbs/22_folders.ipynb #41f1705a
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, AutoencoderKLWan, DDIMScheduler, UNet3DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
 
 from ..core import expand_to
 from ..files import UserError, restore
-from ..hub import KNOWN, fetch_folder, nearest, read_index, split_name
+from ..hub import KNOWN, fetch_folder, lora_files, nearest, read_index, split_name
 from ..schedule import Schedule
 from . import tiny
 from .base import Teacher
 from .loading import check_size, check_whole, load_part, read_about, read_object
+from .lora import fuse_loras, read_loras
 from .published import with_w_projection
 from .videocrafter2 import set_fps, x0_scale
 from .wan import FlowTeacher, GuidedWan, WanTeacher, load_wan
@@ -199,9 +202,11 @@ def load_teacher(name:str|Path="tiny", # `"tiny"`, a diffusers folder, or `owner
                  scale_x0:bool=False, # use the data factor of VideoCrafter2's training
                  dtype=torch.float32, # of all weights
                  variant:str|None=None, # of their files, e.g. `"fp16"`; `None`: by `dtype`
+                 teacher_lora:str="", # LoRA files to fuse, FILE[=strength], ..
                  **options,          # `frames`, `size`, `fps`; default: the teacher's own
                 )->Teacher:
     "Load any teacher, frozen and in evaluation mode"
+    loras = _early_loras(str(name), teacher_lora) if teacher_lora else None
     folder, more = local_folder(str(name), variant, dtype), dict(variant=variant) if variant else {}
     teacher = _put_together(loader_of(str(name), kind_of(folder)), str(name), folder, dtype=dtype,
                             **options, **more)
@@ -212,6 +217,7 @@ def load_teacher(name:str|Path="tiny", # `"tiny"`, a diffusers folder, or `owner
     here = str(name) not in SHIPPED and _here(name)
     teacher.name = str(Path(name).resolve()) if here else str(name)
     teacher.options = {k: v for k, v in (options | more).items() if v is not None}
+    if teacher_lora: _with_loras(teacher, teacher_lora, loras)
     return _scaled(teacher, folder) if scale_x0 else teacher
 
 # %% ../../nbs/22_folders.ipynb #9e292a95
@@ -315,3 +321,27 @@ def defaults_of(name:str|Teacher="tiny", # one of `SHIPPED`, a folder, a hub id,
     kind = next(filter(None, found), None) or kind_of(name)        # raises, with reasons
     about = _about(name, "teacher.json") if kind == "UNet3DConditionModel" else {}
     return _defaults_of_kind(name, kind, about)
+
+# %% ../../nbs/22_folders.ipynb #a5e81911
+def network_on_meta(name:str, # of a teacher, as for `load_teacher`
+                   )->torch.nn.Module|None:
+    "Build a teacher's network without weights; `None` for a class of another package"
+    config = next((c for n in _PLACES if (c := _about(name, f"{n}/config.json"))), {})
+    kind = str(config.get("_class_name"))
+    cls = dict(TinyVideoDenoiser=tiny.TinyVideoDenoiser).get(kind) or getattr(diffusers, kind, None)
+    try:
+        with init_empty_weights(): return cls and cls.from_config(config)
+    except _DAMAGE: return None                          # loading reports the error
+
+def _early_loras(name, text):
+    "Read LoRA files before the teacher is fetched or loaded; `None` if its class is unknown"
+    lora_files(text)                                     # raises for a missing file
+    net = network_on_meta(name)
+    return None if net is None else read_loras(text, net, name)
+
+def _with_loras(teacher, text, loras):
+    "Fuse LoRA files into a teacher, and note them by their places"
+    loras = loras or read_loras(text, teacher.denoiser, teacher.name)
+    fuse_loras(teacher, loras)
+    place = lambda f: str(Path(f).resolve()) if Path(f).exists() else f
+    teacher.options["teacher_lora"] = ",".join(f"{place(f)}={s!r}" for f, s in lora_files(text))
