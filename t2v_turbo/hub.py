@@ -104,7 +104,8 @@ def wanted(names,        # of all files of a repository
 
 # %% ../nbs/14_hub.ipynb #d12da5af
 KNOWN = ("ali-vilab/text-to-video-ms-1.7b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-         "Wan-AI/Wan2.1-T2V-14B-Diffusers", "VideoCrafter/VideoCrafter2",
+         "Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+         "Efficient-Large-Model/SANA-Video_2B_480p_diffusers", "VideoCrafter/VideoCrafter2",
          "jiachenli-ucsb/T2V-Turbo-VC2", "jiachenli-ucsb/T2V-Turbo-MS", "xswu/HPSv2",
          "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "openai/clip-vit-large-patch14",
          "yuvalkirstain/PickScore_v1")

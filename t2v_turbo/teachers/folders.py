@@ -24,8 +24,9 @@ from . import tiny
 from .base import Teacher
 from .loading import check_size, check_whole, load_part, read_about, read_object
 from .published import with_w_projection
+from .sana import GuidedSana, SanaTeacher, load_sana
 from .videocrafter2 import set_fps, x0_scale
-from .wan import FlowTeacher, GuidedWan, WanTeacher, load_wan
+from .wan import FlowTeacher, GuidedWan, WanTeacher, check_single, load_wan
 
 
 
@@ -143,7 +144,7 @@ def _load_tiny(folder, frames=None, size=None, fps=None, dtype=torch.float32,
     return teacher
 
 LOADERS = dict(TinyVideoDenoiser=_load_tiny, UNet3DConditionModel=load_unet_teacher,
-               WanTransformer3DModel=load_wan)
+               WanTransformer3DModel=load_wan, SanaVideoTransformer3DModel=load_sana)
 
 def loader_of(name:str, # of the model, for errors
               kind:str, # class name of its network
@@ -156,7 +157,8 @@ def loader_of(name:str, # of the model, for errors
                     f"{', '.join([*LOADERS, *offers])}")
 
 # %% ../../nbs/22_folders.ipynb #577112d9
-CLASSES = {(GuidedWan, AutoencoderKLWan): WanTeacher, (GuidedWan, AutoencoderKL): FlowTeacher}
+CLASSES = {(GuidedWan, AutoencoderKLWan): WanTeacher, (GuidedWan, AutoencoderKL): FlowTeacher,
+           (GuidedSana, AutoencoderKLWan): SanaTeacher}
 
 def teacher_class(denoiser:torch.nn.Module, # a teacher's network
                   vae:torch.nn.Module,      # and its VAE
@@ -254,6 +256,10 @@ DEFAULTS = {"tiny": Defaults(
             "wan": Defaults(
                 lr=1e-4, lr_schedule="constant", rank=64, k=20, w_min=2., w_max=6., guidance=5.,
                 beta_img=1., beta_vid=2., image_frames=6, video_frames=0,
+                reward="hpsv2.1=1,viclip-l14=1"),
+            "sana": Defaults(
+                lr=1e-4, lr_schedule="constant", rank=64, k=20, w_min=2., w_max=7., guidance=6.,
+                beta_img=1., beta_vid=2., image_frames=6, video_frames=0,
                 reward="hpsv2.1=1,viclip-l14=1")}
 
 # %% ../../nbs/22_folders.ipynb #c0dca1b4
@@ -291,6 +297,7 @@ def in_tiny_world(name:str, # of a teacher: one of `SHIPPED`, a folder, or a hub
 # %% ../../nbs/22_folders.ipynb #116b4d44
 def _defaults_of_kind(name, kind, about):
     if kind == "WanTransformer3DModel": return DEFAULTS["wan"]
+    if kind == "SanaVideoTransformer3DModel": return DEFAULTS["sana"]
     if kind == "TinyVideoDenoiser": return DEFAULTS["tiny"]
     if kind == "UNet3DConditionModel":
         return DEFAULTS["videocrafter2" if about.get("kind") == "videocrafter2" else "modelscope"]
@@ -305,12 +312,13 @@ def defaults_of(name:str|Teacher="tiny", # one of `SHIPPED`, a folder, a hub id,
     "Return a teacher's defaults; from the hub, download only `model_index.json`"
     if isinstance(name, Teacher):
         if type(name) is FlowTeacher: return DEFAULTS["tiny"]  # frame-wise: only tiny ones exist
-        kind = type(name.denoiser).__name__.replace("GuidedWan", "WanTransformer3DModel")
-        return _defaults_of_kind(name.name, kind, {})
+        kinds = [c.__name__ for c in type(name.denoiser).__mro__]    # a subclass, or a stock class
+        return _defaults_of_kind(name.name, next((k for k in kinds if k in LOADERS), kinds[0]), {})
     if in_tiny_world(name): return DEFAULTS["tiny"]
     found = (_about(name, f"{n}/config.json").get("_class_name") for n in _PLACES)
     if not Path(name).exists():                      # on the hub, one file lists all classes
         index = _about(name, "model_index.json", needed=True)
+        check_single(name, bool((index.get("transformer_2") or [None])[0]))
         found = (index[n][1] for n in _PLACES if index.get(n))
     kind = next(filter(None, found), None) or kind_of(name)        # raises, with reasons
     about = _about(name, "teacher.json") if kind == "UNet3DConditionModel" else {}
