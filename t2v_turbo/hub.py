@@ -244,6 +244,7 @@ def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
                  variant=None, # see `pick`
                  dtype=None,   # see `pick`
                  weights:bool=True, # `False`: only configurations and tokenizers
+                 check=None,   # called with the pipeline's index before weights are fetched
                 )->Path:       # a folder of the hub's cache
     "Download the files that a model needs"
     repo, revision = split_name(name)
@@ -257,7 +258,8 @@ def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
     with _arriving(name):
         if "model_index.json" in sizes:
             index = hf_hub_download(repo, "model_index.json", revision=info.sha)
-            parts = components(read_index(Path(index).parent))
+            parts = components(index := read_index(Path(index).parent))
+            if check: check(index)
         small = [f for f in sizes if f.endswith(_SMALL)]
         files = wanted(sizes if weights else small, parts, variant, dtype)
         if not files: raise UserError(f"{name!r} holds no file of a model: give another name")

@@ -8,6 +8,7 @@ __all__ = ['SHIPPED', 'LOADERS', 'CLASSES', 'DEFAULTS', 'kind_of', 'local_folder
 
 # %% ../../nbs/22_folders.ipynb #41f1705a
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def local_folder(name:str,     # one of `SHIPPED`, a folder, or `owner/name@revi
         raise UserError(f"there is no folder {name!r}{nearest(name, (*SHIPPED, *KNOWN))}: give "
                         f"{' or '.join(map(repr, SHIPPED))}, a diffusers folder or a hub id such "
                         "as owner/name")
-    try: return fetch_folder(name, variant, dtype)
+    try: return fetch_folder(name, variant, dtype, check=partial(check_single, name))
     except UserError as e: raise UserError(f"there is no folder {name!r}, and {e}") from None
 
 # %% ../../nbs/22_folders.ipynb #98801ed4
@@ -318,7 +319,7 @@ def defaults_of(name:str|Teacher="tiny", # one of `SHIPPED`, a folder, a hub id,
     found = (_about(name, f"{n}/config.json").get("_class_name") for n in _PLACES)
     if not Path(name).exists():                      # on the hub, one file lists all classes
         index = _about(name, "model_index.json", needed=True)
-        check_single(name, bool((index.get("transformer_2") or [None])[0]))
+        check_single(name, index)
         found = (index[n][1] for n in _PLACES if index.get(n))
     kind = next(filter(None, found), None) or kind_of(name)        # raises, with reasons
     about = _about(name, "teacher.json") if kind == "UNet3DConditionModel" else {}

@@ -33,6 +33,7 @@ from transformers import AutoTokenizer, CLIPTextModel, UMT5EncoderModel
 from ..consistency import few_step_grid, w_embedding
 from ..core import expand_to
 from ..files import UserError, at_least, atomic, write_json
+from ..hub import read_index
 from ..schedule import Schedule
 from .base import Teacher, tokenize
 from .loading import (check_size, clip_numbers, config_of, load_part,
@@ -152,8 +153,9 @@ class GuidedWan(WanTransformer3DModel):
         call = lambda: WanTransformer3DModel.forward(self, x, timestep, encoder_hidden_states,
                                                      return_dict=return_dict)
         if timestep_cond is None: return call()
+        w = self.cond_proj(timestep_cond.to(self.cond_proj.weight.dtype)) # float32 or as the blocks
         hook = self.condition_embedder.time_embedder.register_forward_hook(
-            lambda module, inputs, y: y + self.cond_proj(timestep_cond.to(y.dtype)))
+            lambda module, inputs, y: y + w.to(y.dtype))
         try: return call()
         finally: hook.remove()
 
@@ -323,12 +325,13 @@ def save_wan(teacher:FlowTeacher, # its denoiser without adapters
     return Path(folder)
 
 # %% ../../nbs/21_wan.ipynb #eef5da04
-def check_single(name:str|Path, # of the model, for the error
-                 two:bool,      # whether it has a second transformer
+def check_single(name:str|Path,   # of the model, for the error
+                 index:dict|None, # of its pipeline
                 )->None:
     "Raise `UserError` for Wan 2.2 A14B, with one transformer at high and one at low noise"
-    if two: raise UserError(f"{str(name)!r} has two transformers, each for a part of the noise "
-                            "levels, but a teacher here has one: give Wan 2.1 or Wan 2.2 TI2V-5B")
+    if not ((index or {}).get("transformer_2") or [None])[0]: return
+    raise UserError(f"{str(name)!r} has two transformers, each for a part of the noise levels, but "
+                    "a teacher here has one: give Wan 2.1 or Wan 2.2 TI2V-5B")
 
 def _check_fit(teacher, folder):
     "Raise `UserError` if the transformer does not fit the latents"
@@ -351,12 +354,13 @@ def load_wan(folder:str|Path,  # Wan in diffusers' layout, or from `save_wan`
              variant=None,        # of its files, see `hub.pick`
             )->FlowTeacher:
     "Load a flow teacher, frozen and in evaluation mode"
-    about, config = read_about(folder), config_of(folder, "vae")
-    found = config_of(folder, "transformer")["_class_name"], config["_class_name"]
+    about, net = read_about(folder), config_of(folder, "transformer")
+    config = config_of(folder, "vae")
+    found = net["_class_name"], config["_class_name"]
     if found[0] != "WanTransformer3DModel" or found[1] not in _KINDS:
         raise UserError(f"{str(folder)!r} holds a {found[0]} with an {found[1]}: give Wan 2.1 or "
                         "Wan 2.2 TI2V-5B")
-    check_single(folder, (Path(folder)/"transformer_2").is_dir())
+    check_single(folder, read_index(folder))
     vae, text = _KINDS[found[1]]
     numbers = clip_numbers(about, frames=frames, fps=fps, size=size)
     if vae is AutoencoderKLWan: numbers = OWN.get(config.get("z_dim"), {}) | numbers
