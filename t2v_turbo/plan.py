@@ -9,7 +9,6 @@ __all__ = ['TEACHERS', 'CACHED', 'GB', 'RESERVE', 'SWITCHES', 'LOADING', 'NoWord
            'first_fit', 'precision_text']
 
 # %% ../nbs/54_plan.ipynb #4269a40a
-import re
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -276,7 +275,7 @@ def planned_defaults(teacher:str, # one of `TEACHERS`, or an argument of `load_t
                     )->Defaults:
     "Return the teacher's defaults, as for `distill`; published teachers need no files"
     if teacher not in TEACHERS: return defaults_of(teacher)
-    return DEFAULTS[teacher if teacher in DEFAULTS else re.match("[a-z]*", teacher)[0]]
+    return DEFAULTS[teacher if teacher in DEFAULTS else "wan"]
 
 def named_rewards(own:Defaults, # of a teacher
                  )->tuple:      # names

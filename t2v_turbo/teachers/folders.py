@@ -257,10 +257,6 @@ DEFAULTS = {"tiny": Defaults(
             "wan": Defaults(
                 lr=1e-4, lr_schedule="constant", rank=64, k=20, w_min=2., w_max=6., guidance=5.,
                 beta_img=1., beta_vid=2., image_frames=6, video_frames=0,
-                reward="hpsv2.1=1,viclip-l14=1"),
-            "sana": Defaults(
-                lr=1e-4, lr_schedule="constant", rank=64, k=20, w_min=2., w_max=7., guidance=6.,
-                beta_img=1., beta_vid=2., image_frames=6, video_frames=0,
                 reward="hpsv2.1=1,viclip-l14=1")}
 
 # %% ../../nbs/22_folders.ipynb #c0dca1b4
@@ -297,8 +293,7 @@ def in_tiny_world(name:str, # of a teacher: one of `SHIPPED`, a folder, or a hub
 
 # %% ../../nbs/22_folders.ipynb #116b4d44
 def _defaults_of_kind(name, kind, about):
-    if kind == "WanTransformer3DModel": return DEFAULTS["wan"]
-    if kind == "SanaVideoTransformer3DModel": return DEFAULTS["sana"]
+    if kind in ("WanTransformer3DModel", "SanaVideoTransformer3DModel"): return DEFAULTS["wan"]
     if kind == "TinyVideoDenoiser": return DEFAULTS["tiny"]
     if kind == "UNet3DConditionModel":
         return DEFAULTS["videocrafter2" if about.get("kind") == "videocrafter2" else "modelscope"]
