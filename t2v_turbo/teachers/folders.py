@@ -147,13 +147,14 @@ def _load_tiny(folder, frames=None, size=None, fps=None, dtype=torch.float32,
 LOADERS = dict(TinyVideoDenoiser=_load_tiny, UNet3DConditionModel=load_unet_teacher,
                WanTransformer3DModel=load_wan, SanaVideoTransformer3DModel=load_sana)
 
+def _offers(): return {e.name: e for e in entry_points(group="t2v_turbo.teachers")}
+
 def loader_of(name:str, # of the model, for errors
               kind:str, # class name of its network
              ):         # `(folder, frames=, size=, fps=, dtype=) -> Teacher`
     "Find the loader of a network class, in `LOADERS` or in an installed package"
     if kind in LOADERS: return LOADERS[kind]
-    offers = {e.name: e for e in entry_points(group="t2v_turbo.teachers")}
-    if kind in offers: return offers[kind].load()
+    if kind in (offers := _offers()): return offers[kind].load()
     raise UserError(f"{name!r} holds a {kind}, which is no teacher here: give one of "
                     f"{', '.join([*LOADERS, *offers])}")
 
@@ -308,8 +309,8 @@ def defaults_of(name:str|Teacher="tiny", # one of `SHIPPED`, a folder, a hub id,
     "Return a teacher's defaults; from the hub, download only `model_index.json`"
     if isinstance(name, Teacher):
         if type(name) is FlowTeacher: return DEFAULTS["tiny"]  # frame-wise: only tiny ones exist
-        kinds = [c.__name__ for c in type(name.denoiser).__mro__]    # a subclass, or a stock class
-        return _defaults_of_kind(name.name, next((k for k in kinds if k in LOADERS), kinds[0]), {})
+        kinds, known = [c.__name__ for c in type(name.denoiser).__mro__], {*LOADERS, *_offers()}
+        return _defaults_of_kind(name.name, next((k for k in kinds if k in known), kinds[0]), {})
     if in_tiny_world(name): return DEFAULTS["tiny"]
     found = (_about(name, f"{n}/config.json").get("_class_name") for n in _PLACES)
     if not Path(name).exists():                      # on the hub, one file lists all classes

@@ -226,6 +226,7 @@ def _defaults(cls):
     return {p.name: stand_in(p) if p.default is None else p.default for p in found
             if p.default is not p.empty}
 
+# %% ../../nbs/16_loading.ipynb #7eec037c
 def _odd(value, default):
     "Whether a value has another type than its default"
     if isinstance(default, bool): return isinstance(value, (str, dict))

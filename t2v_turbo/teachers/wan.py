@@ -192,7 +192,7 @@ def check_clip(frames:int,  # frames of a clip
     "Raise `UserError` for invalid frames or size, with the nearest valid value"
     whole = max(1, round((frames-1)/every)*every + 1)
     if frames != whole:
-        raise UserError(f"{frames} frames are not possible: Wan takes {every}k+1 frames, "
+        raise UserError(f"{frames} frames are not possible: the VAE takes {every}k+1 frames, "
                         f"the nearest is {whole}")
     check_size(size, step)
 
