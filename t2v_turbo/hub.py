@@ -106,7 +106,8 @@ def wanted(names,        # of all files of a repository
 
 # %% ../nbs/14_hub.ipynb #d12da5af
 KNOWN = ("ali-vilab/text-to-video-ms-1.7b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-         "Wan-AI/Wan2.1-T2V-14B-Diffusers", "VideoCrafter/VideoCrafter2",
+         "Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+         "Efficient-Large-Model/SANA-Video_2B_480p_diffusers", "VideoCrafter/VideoCrafter2",
          "jiachenli-ucsb/T2V-Turbo-VC2", "jiachenli-ucsb/T2V-Turbo-MS",
          "jiachenli-ucsb/T2V-Turbo-VC2-Merged", "jiachenli-ucsb/T2V-Turbo-v2",
          "jiachenli-ucsb/T2V-Turbo-v2-no-MG", "xswu/HPSv2",
@@ -254,6 +255,7 @@ def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
                  variant=None, # see `pick`
                  dtype=None,   # see `pick`
                  weights:bool=True, # `False`: only configurations and tokenizers
+                 check=None,   # called with the pipeline's index before weights are fetched
                 )->Path:       # a folder of the hub's cache
     "Download the files that a model needs"
     repo, revision = split_name(name)
@@ -267,7 +269,8 @@ def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
     with _arriving(name):
         if "model_index.json" in sizes:
             index = hf_hub_download(repo, "model_index.json", revision=info.sha)
-            parts = components(read_index(Path(index).parent))
+            parts = components(index := read_index(Path(index).parent))
+            if check: check(index)
         small = [f for f in sizes if f.endswith(_SMALL)]
         files = wanted(sizes if weights else small, parts, variant, dtype)
         if not files: raise UserError(f"{name!r} holds no file of a model: give another name")

@@ -16,11 +16,12 @@ from unittest.mock import patch as replaced
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
+from diffusers import (AutoencoderKL, AutoencoderKLWan, SanaVideoTransformer3DModel,
+                       UNet3DConditionModel, WanTransformer3DModel)
 from fastcore.basics import patch
 from torch import nn
 from transformers import (BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel, CLIPTextConfig,
-                          CLIPTextModel, UMT5Config, UMT5EncoderModel)
+                          CLIPTextModel, Gemma2Config, Gemma2Model, UMT5Config, UMT5EncoderModel)
 
 from .consistency import w_embedding
 from .core import make_gen
@@ -39,11 +40,11 @@ from .rewards.videoprism import checkpointing, videoprism_full
 from .solver import TeacherAnswer
 from .student import Student
 from .teachers.base import Teacher
-from .teachers.folders import DEFAULTS, Defaults, defaults_of, load_teacher
+from .teachers.folders import DEFAULTS, Defaults, defaults_of, load_teacher, teacher_class
 from .teachers.loading import check_size, check_whole
+from .teachers.sana import guided_sana
 from .teachers.videocrafter2 import vc2_scheduler
-from .teachers.wan import WanTeacher, flow_scheduler, guided_wan
-
+from .teachers.wan import flow_scheduler, guided_wan
 
 # %% ../nbs/54_plan.ipynb #08613452
 class NoWords:
@@ -61,15 +62,30 @@ def _unet_parts(size):
     unet = UNet3DConditionModel(sample_size=size[0]//8, time_cond_proj_dim=256)
     return unet, AutoencoderKL(**vae), CLIPTextModel(text)
 
-def _wan_parts(size):
-    net = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+def _wan_parts(size, vae=(), **net):
+    net = dict(num_attention_heads=12, ffn_dim=8960, num_layers=30) | net
     text = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24,
                       num_heads=64, feed_forward_proj="gated-gelu")
-    return guided_wan(net), AutoencoderKLWan(), UMT5EncoderModel(text)
+    return (guided_wan(WanTransformer3DModel(**net)), AutoencoderKLWan(**dict(vae)),
+            UMT5EncoderModel(text))
 
+def _wan22_parts(size):
+    vae = dict(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12,
+               out_channels=12, patch_size=2, scale_factor_spatial=16, latents_mean=[0.]*48,
+               latents_std=[1.]*48)
+    return _wan_parts(size, vae, num_attention_heads=24, ffn_dim=14336, in_channels=48,
+                      out_channels=48)
+
+def _sana_parts(size):
+    net = SanaVideoTransformer3DModel(mlp_ratio=3.)
+    return guided_sana(net), AutoencoderKLWan(), Gemma2Model(Gemma2Config())
+
+# %% ../nbs/54_plan.ipynb #3b286899
 TEACHERS = {"modelscope": (_unet_parts, 16, (256, 256)),      # parts, frames, height and width
             "videocrafter2": (_unet_parts, 16, (320, 512)),
-            "wan2.1-1.3b": (_wan_parts, 81, (480, 832))}
+            "wan2.1-1.3b": (_wan_parts, 81, (480, 832)),
+            "wan2.2-5b": (_wan22_parts, 121, (704, 1280)),
+            "sana-2b": (_sana_parts, 81, (480, 832))}
 
 def cast(net:nn.Module,     # a diffusers or transformers model
          dtype:torch.dtype, # of its weights
@@ -93,11 +109,12 @@ def teacher_on_meta(name:str="modelscope", # one of `TEACHERS`, or an argument o
         make, own, hw = TEACHERS[name]
         frames, size = check_whole("frames", frames or own), tuple(size or hw)
         with torch.device("meta"): parts = [cast(p, dtype) for p in make(size)]
-        if make is _wan_parts:
-            teacher = WanTeacher(name, *parts, NoWords(), flow_scheduler(), frames, size=size)
-        else:
+        if make is _unet_parts:
             teacher = Teacher(name, *parts, NoWords(), vc2_scheduler(), frames,
                               size=check_size(size, 8))
+        else:
+            kind = teacher_class(*parts[:2])
+            teacher = kind(name, *parts, NoWords(), flow_scheduler(), frames, size=size)
     teacher.fingerprints = dict                       # without values there is no fingerprint
     return teacher.to("meta")
 
@@ -258,7 +275,7 @@ def planned_defaults(teacher:str, # one of `TEACHERS`, or an argument of `load_t
                     )->Defaults:
     "Return the teacher's defaults, as for `distill`; published teachers need no files"
     if teacher not in TEACHERS: return defaults_of(teacher)
-    return DEFAULTS["wan" if teacher.startswith("wan") else teacher]
+    return DEFAULTS[teacher if teacher in DEFAULTS else "wan"]
 
 def named_rewards(own:Defaults, # of a teacher
                  )->tuple:      # names

@@ -168,7 +168,7 @@ def cache(o:CacheOptions, # the cache to compute
 @dataclass(frozen=True)
 class PlanOptions:
     "Predict the memory of a training step and the flags for a GPU, without downloads"
-    teacher:str = "modelscope" # modelscope, videocrafter2, wan2.1-1.3b, or as for `distill`
+    teacher:str = "modelscope" # as for `distill`, or videocrafter2, wan2.1-1.3b, wan2.2-5b, sana-2b
     rewards:str|None = None # names with commas between; at most one of each kind
     frames:int = 0       # of a clip; 0: the teacher's own
     height:int = 0       # of a clip, pixels; 0: the teacher's own

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['TINY', 'tiny_modelscope', 'vc2_sizes', 'vc2_shapes', 'random_videocrafter2', 'tiny_videocrafter2', 'letter_tokenizer',
-           'tiny_wan', 'tiny_clip', 'tiny_imagereward', 'tiny_viclip', 'tiny_internvideo2', 'tiny_videoprism']
+           'tiny_wan', 'tiny_wan22', 'tiny_sana', 'tiny_clip', 'tiny_imagereward', 'tiny_viclip', 'tiny_internvideo2',
+           'tiny_videoprism']
 
 # %% ../nbs/34_standins.ipynb #bc53217d
 import math
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLWan, UNet3DConditionModel, WanTransformer3DModel
+from diffusers import (AutoencoderKL, AutoencoderKLWan, DPMSolverMultistepScheduler,
+                       SanaVideoTransformer3DModel, UNet3DConditionModel, WanTransformer3DModel)
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (BertConfig, BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPModel,
-                          CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, T5Tokenizer, UMT5Config,
-                          UMT5EncoderModel)
+                          CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, Gemma2Config,
+                          Gemma2Model, GemmaTokenizer, T5Tokenizer, UMT5Config, UMT5EncoderModel)
 
 from .core import seeded
 from .files import atomic
@@ -120,20 +123,64 @@ def letter_tokenizer()->T5Tokenizer:
     return T5Tokenizer([(p, 0.) for p in ("<pad>", "</s>", "<unk>")] + [(c, -2.) for c in letters],
                        extra_ids=0, model_max_length=512)
 
+def _tiny_wan(seed, channels, vae):
+    "Make the networks of a small Wan"
+    with seeded(seed):
+        net = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, text_dim=32,
+                                    in_channels=channels, out_channels=channels, freq_dim=32,
+                                    ffn_dim=32, num_layers=2, rope_max_seq_len=32)
+        vae = AutoencoderKLWan(dim_mult=[1, 1, 1, 1], num_res_blocks=1, z_dim=channels, **vae)
+        text = UMT5EncoderModel(UMT5Config(vocab_size=98, d_model=32, d_kv=8, d_ff=64, num_layers=2,
+                                           num_heads=4))
+    return guided_wan(net), vae, text, letter_tokenizer()
+
 def tiny_wan(seed:int=0,        # seed of the weights
              frames:int=17,     # 4k+1
              size:tuple=(32, 32), # height and width, multiples of 16
              tokens:int=24,     # of a prompt
             )->WanTeacher:
     "Make a teacher of Wan 2.1's classes with small random networks"
+    parts = _tiny_wan(seed, 16, dict(base_dim=4))
+    return WanTeacher("tiny-wan", *parts, flow_scheduler(), frames, 16, size, tokens)
+
+# %% ../nbs/34_standins.ipynb #2879afc9
+def tiny_wan22(seed:int=0,        # seed of the weights
+               frames:int=17,     # 4k+1
+               size:tuple=(64, 64), # height and width, multiples of 32
+               tokens:int=24,     # of a prompt
+              )->WanTeacher:
+    "Make a teacher of Wan 2.2 TI2V-5B's classes with small random networks"
+    parts = _tiny_wan(seed, 48, dict(
+        base_dim=8, decoder_base_dim=8, is_residual=True, in_channels=12, out_channels=12,
+        patch_size=2, scale_factor_spatial=16, latents_mean=[.01*i for i in range(48)],
+        latents_std=[.5 + .01*i for i in range(48)]))
+    return WanTeacher("tiny-wan22", *parts, flow_scheduler(5.), frames, 24, size, tokens)
+
+# %% ../nbs/34_standins.ipynb #ddc4251e
+def tiny_sana(folder:str|Path, # the new folder
+              seed:int=0,      # seed of the weights
+             )->Path:          # `folder`
+    "Write SANA-Video's layout with small random networks: any size, as the published model"
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    words = [*special, "▁", "\n", *map(chr, range(33, 127))]
+    tokenizer = GemmaTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)])
     with seeded(seed):
-        net = WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, text_dim=32,
-                                    freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32)
+        net = SanaVideoTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=12, num_layers=2, cross_attention_dim=24,
+            num_cross_attention_heads=2, cross_attention_head_dim=12, caption_channels=32,
+            mlp_ratio=2., rope_max_seq_len=32)
         vae = AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-        text = UMT5EncoderModel(UMT5Config(vocab_size=98, d_model=32, d_kv=8, d_ff=64, num_layers=2,
-                                           num_heads=4))
-    return WanTeacher("tiny-wan", guided_wan(net), vae, text, letter_tokenizer(), flow_scheduler(),
-                      frames, 16, size, tokens)
+        text = Gemma2Model(Gemma2Config(
+            vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+    scheduler = DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=8.,
+                                            prediction_type="flow_prediction")
+    with atomic(folder) as tmp:
+        save_parts(dict(transformer=net, vae=vae, text_encoder=text, tokenizer=tokenizer,
+                        scheduler=scheduler), tmp, "SanaVideoPipeline")
+    return Path(folder)
 
 # %% ../nbs/34_standins.ipynb #a79a0da7
 def tiny_clip(seed:int=0,   # of the weights

@@ -172,13 +172,13 @@ def modelscope(folder):
     (folder/"safety_checker/model.safetensors").write_bytes(b"not needed")
 
 
-def wan(folder):
-    "Wan's layout: one precision, the transformer in shards with an index"
+def wan(folder, large=False):
+    "Wan's layout: one precision, the transformer in shards with an index; Wan 2.1, or 2.2 TI2V-5B"
     from diffusers import WanTransformer3DModel
 
-    from t2v_turbo.standins import tiny_wan
+    from t2v_turbo.standins import tiny_wan, tiny_wan22
     from t2v_turbo.teachers.wan import save_wan
-    save_wan(tiny_wan(), folder)
+    save_wan(tiny_wan22() if large else tiny_wan(), folder)
     (folder/"teacher.json").rename(folder/"teacher.json.was")       # ours; the published folder has none
     about = json.loads((folder/"teacher.json.was").read_text()); (folder/"teacher.json.was").unlink()
     net = WanTransformer3DModel.from_pretrained(folder/"transformer")
@@ -186,6 +186,14 @@ def wan(folder):
     net.save_pretrained(folder/"transformer", max_shard_size="40KB")
     (folder/"assets").mkdir(); (folder/"assets/logo.png").write_bytes(b"png")
     return about
+
+
+def two_transformers(folder):
+    "The index of Wan 2.2 A14B beside the files of a smaller model: whoever fetches its weights has not read the index"
+    wan(folder)
+    index = json.loads((folder/"model_index.json").read_text()) | dict(transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=.875)
+    (folder/"model_index.json").write_text(json.dumps(index))
+    shutil.copytree(folder/"transformer", folder/"transformer_2")
 
 
 def lora_list(folder, base="ms", seed=0):
@@ -231,10 +239,13 @@ def repositories(folder):
     "All of them; returns `folder`"
     import torch
 
-    from t2v_turbo.standins import tiny_imagereward, tiny_viclip, tiny_videocrafter2
+    from t2v_turbo.standins import tiny_imagereward, tiny_sana, tiny_viclip, tiny_videocrafter2
     folder = Path(folder)
     modelscope(folder/"ali-vilab/text-to-video-ms-1.7b")
     wan(folder/"Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    wan(folder/"Wan-AI/Wan2.2-TI2V-5B-Diffusers", large=True)
+    two_transformers(folder/"Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    tiny_sana(folder/"Efficient-Large-Model/SANA-Video_2B_480p_diffusers")
     for name in ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "yuvalkirstain/PickScore_v1", "openai/clip-vit-large-patch14"): clip_folder(folder/name)
     hps(folder/"xswu/HPSv2/HPS_v2.1_compressed.pt")
     for name, state in {"jiachenli-ucsb/T2V-Turbo-MS/unet_lora.pt": lora_list(folder/"ali-vilab/text-to-video-ms-1.7b"),

@@ -81,6 +81,8 @@ def test_commands_in_a_fresh_process(site, folder, tmp_path, installed):
         small = ["--reward", "tiny-image,tiny-video", "--frames", "9", "--video_frames", "2", "--rank", "2", "--batch", "1", "--steps", "1"]
         assert main(["distill", "--teacher", sys.argv[1], *small, "--out", "run"]) == 0
         assert main(["sample", "--student", "run/student", "--dtype", "bfloat16", "--out", "videos"]) == 0
+        from t2v_turbo.teachers.folders import defaults_of, load_teacher
+        assert defaults_of(load_teacher(sys.argv[1])) == defaults_of(sys.argv[1]) and defaults_of(sys.argv[1]).w_max == 6.
         pipe = T2VTurboPipeline.from_pretrained("run/student")
         torch.save(pipe("a red circle", generator=make_gen(0), output_type="pt").frames, "want.pt")
         pipe.save_pretrained("pipe")

@@ -300,6 +300,27 @@ print(load_teacher("{ms}", variant="fp16", frames=4).options)
     assert not [n for n in names(world, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers") if "assets" in n]
 
 
+def test_newer_teachers(world, tmp_path):
+    "Wan 2.2 TI2V-5B and SANA-Video by their ids; of A14B not one file of weights is fetched"
+    code = """
+from t2v_turbo.teachers.folders import defaults_of, load_teacher
+large, sana = "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"
+print(defaults_of(large).guidance, defaults_of(sana).guidance)
+for name, size in ((large, (64, 64)), (sana, (32, 64))):
+    t = load_teacher(name, frames=9, size=size)
+    print(type(t).__name__, t.latent_shape, load_teacher(name).video_shape, t.fps, defaults_of(t) == defaults_of(name))
+a14b = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+print(told(load_teacher, a14b)); print(told(defaults_of, a14b))
+print(told(load_teacher, "Wan-AI/Wan2.2-TI2V-5B-Diffuser"))
+"""
+    out, _ = run(world, tmp_path/"home", code)
+    first, large, sana, *refused, near = out.splitlines()
+    assert first == "5.0 5.0" and large == "WanTeacher (48, 3, 4, 4) (3, 121, 704, 1280) 24 True"
+    assert sana == "SanaTeacher (16, 3, 4, 8) (3, 81, 480, 832) 16 True" and "did you mean 'Wan-AI/Wan2.2-TI2V-5B-Diffusers'" in near
+    assert len(refused) == 2 and all("has two transformers" in r and "give Wan 2.1 or Wan 2.2 TI2V-5B" in r for r in refused)
+    assert names(world, "Wan-AI/Wan2.2-T2V-A14B-Diffusers") == {"model_index.json"}
+
+
 def test_published_students(world, tmp_path):
     "The list and its base model by their names on the hub, in one command"
     code = f"""

@@ -27,6 +27,7 @@ from t2v_turbo.plan import (
     predict,
     reward_on_meta,
     save_reward,
+    teacher_on_meta,
     weights_of,
 )
 from t2v_turbo.rewards.names import FACTS
@@ -127,6 +128,23 @@ def test_a_cache_takes_the_text_encoder_away():
     plain, cached = (predict(Setup("wan2.1-1.3b", ("hpsv2.1",), 13, (32, 32), cached=c, image_frames=2)) for c in ("", "latents"))
     assert plain.weights["text"] > 0 == cached.weights["text"]
     assert sum(v["flops"] for v in plain.phases.values()) > sum(v["flops"] for v in cached.phases.values())
+
+
+@pytest.mark.parametrize("name, parameters, text, latents", [
+    ("wan2.1-1.3b", 1.42, 5.68, (16, 21, 60, 104)), ("wan2.2-5b", 5.0, 5.68, (48, 31, 44, 80)), ("sana-2b", 2.06, 2.61, (16, 21, 60, 104))])
+def test_sizes_of_the_transformers(name, parameters, text, latents):
+    "The numbers of parameters that the models are named after, in billions"
+    teacher, count = teacher_on_meta(name), lambda net: sum(p.numel() for p in net.parameters())/1e9
+    assert count(teacher.denoiser) == pytest.approx(parameters, rel=.01) and count(teacher.text_encoder) == pytest.approx(text, rel=.01)
+    assert teacher.latent_shape == latents
+
+
+def test_sana_is_planned_and_sizes_are_checked():
+    plan = predict(Setup("sana-2b", ("clipscore",), 1, (32, 32), image_frames=1))
+    assert {k for k, v in plan.phases.items() if v["flops"]} >= {"encode", "text", "student", "decode", "image reward", "backward"}
+    assert plan.weights["denoiser"] > 3.5*GB and plan.weights["adapters"] == plan.weights["optimizer"]/2
+    for name in ("sana-2b", "wan2.2-5b"):
+        with pytest.raises(UserError, match="multiples of 32, the nearest is 64x64"): predict(Setup(name, (), 9, (48, 64)))
 
 
 def test_two_rewards_of_a_kind_and_an_unknown_optimizer():

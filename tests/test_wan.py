@@ -1,6 +1,7 @@
 "Linear flow and Wan: closed forms, the real classes in small, one step of the recipe, and the way back to stock diffusers"
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,18 +20,21 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import CLIPTextModel
 
+from t2v_turbo.cli import main
 from t2v_turbo.consistency import consistency_fn, few_step_grid, few_step_sample, w_embedding
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.files import UserError
 from t2v_turbo.gaussian import Gaussian
+from t2v_turbo.memory import save_memory
 from t2v_turbo.pipeline import T2VTurboPipeline, sample_student, sample_teacher
 from t2v_turbo.saved import load_student, save_student
 from t2v_turbo.schedule import Schedule
 from t2v_turbo.solver import DDIM, ddim_sample, ddim_step
-from t2v_turbo.standins import tiny_wan
+from t2v_turbo.standins import tiny_wan, tiny_wan22
 from t2v_turbo.student import Student
 from t2v_turbo.teachers.base import Teacher
+from t2v_turbo.teachers.folders import defaults_of, load_teacher
 from t2v_turbo.teachers.tiny import tiny_text_encoder, tiny_tokenizer, tiny_vae
 from t2v_turbo.teachers.wan import (
     Flow,
@@ -60,9 +64,10 @@ def velocity(g, z, t):
     return ((s - (1 - s) * g.std**2) / var * (z.double() - (1 - s) * g.mean) - g.mean).float()
 
 
-def random_student(seed=0, config=None, **more):
-    "A student of `tiny_wan` in which nothing is zero"
-    student, gen = Student(tiny_wan(**more), 4, config=config), make_gen(seed)
+def random_student(seed=0, config=None, make=tiny_wan, folder=None, **more):
+    "A student of `tiny_wan` in which nothing is zero; of a teacher in `folder` if one is given"
+    teacher = make(**more)
+    student, gen = Student(load_wan(save_wan(teacher, folder)) if folder else teacher, 4, config=config), make_gen(seed)
     with torch.no_grad():
         for p in student.trainable().values(): p.copy_(.1 * torch.randn(p.shape, generator=gen))
     return student
@@ -367,7 +372,7 @@ def test_a_transformer_of_images_is_refused(tmp_path):
     teacher = tiny_wan()
     teacher.denoiser = guided_wan(WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=36, text_dim=32,
                                                         freq_dim=32, ffn_dim=32, num_layers=2, rope_max_seq_len=32))
-    with pytest.raises(UserError, match="36 channels for latents of 16: give Wan 2.1 T2V"): load_wan(save_wan(teacher, tmp_path / "i2v"))
+    with pytest.raises(UserError, match="36 channels for latents of 16: give Wan 2.1 T2V or"): load_wan(save_wan(teacher, tmp_path / "i2v"))
 
 
 def pickled(folder):
@@ -397,6 +402,144 @@ def edited(folder):
 def test_a_folder_that_is_no_wan(tmp_path, spoil, says):
     spoil(save_wan(tiny_wan(), tmp_path / "wan"))
     with pytest.raises(UserError, match=says): load_wan(tmp_path / "wan")
+
+
+# ---- Wan 2.2 TI2V-5B
+
+@pytest.fixture(scope="module")
+def wan22(tmp_path_factory):
+    "The published layout: the keys of the hub's model_index.json and vae/config.json, and no teacher.json"
+    folder = save_wan(tiny_wan22(), tmp_path_factory.mktemp("wan22") / "wan")
+    (folder / "teacher.json").unlink()
+    for file, more in (("model_index.json", dict(boundary_ratio=None, transformer_2=[None, None])), ("vae/config.json", dict(clip_output=False))):
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | more))
+    return folder
+
+
+def test_wan22_has_its_own_numbers(wan22):
+    index = json.loads((wan22 / "model_index.json").read_text())
+    assert index["expand_timesteps"] is True and index["_class_name"] == "WanPipeline"
+    t = load_teacher(wan22)
+    assert (t.video_shape, t.latent_shape, t.fps) == ((3, 121, 704, 1280), (48, 31, 44, 80), 24)
+    assert_close(t.schedule.shift, 5., atol=1e-4, rtol=0)
+    assert load_teacher(wan22, frames=9, size=(64, 96), fps=12).latent_shape == (48, 3, 4, 6)
+    assert defaults_of(str(wan22)) == defaults_of(t) and defaults_of(t).guidance == 5.
+
+
+@pytest.mark.parametrize("more, says", [
+    (dict(frames=120), "120 frames are not possible: .* the nearest is 121"), (dict(fps=23.976), "fps 23.976 .* the nearest is 24"),
+    (dict(size=(720, 1280)), "multiples of 32, the nearest is 736x1280"), (dict(size=(64, 48)), "the nearest is 64x64")])
+def test_clips_that_wan22_cannot_take(wan22, more, says):
+    with pytest.raises(UserError, match=says) as e: load_teacher(wan22, **more)
+    assert "\n" not in str(e.value)
+
+
+def test_wan22_encodes_and_decodes():
+    "48 channels of 16x16 pixels; frames alone are those of the whole clip"
+    t = tiny_wan22()
+    clips = torch.rand(2, *t.video_shape, generator=make_gen(0))
+    z = t.encode(clips)
+    assert z.shape == (2, 48, 5, 4, 4)
+    mean, std = (torch.tensor(v).view(1, 48, 1, 1, 1) for v in (t.vae.config.latents_mean, t.vae.config.latents_std))
+    with torch.no_grad():
+        assert_close(z, (t.vae.encode(2*clips - 1).latent_dist.mode() - mean) / std)
+        whole = t.decode(z)
+        assert_close(whole, t.vae.decode(z*std + mean).sample / 2 + .5, atol=1e-6, rtol=0)
+        assert whole.shape == clips.shape and whole.std() > .05
+        for ids in ([0], [0, 3, 4], [5], [2, 9, 16]): assert_close(t.decode(z, torch.tensor(ids)), whole[:, :, ids], atol=1e-6, rtol=0)
+
+
+def test_wan22_with_little_memory_has_the_same_gradient():
+    t, leaf = tiny_wan22(frames=9), torch.randn(1, 48, 3, 4, 4, generator=make_gen(0)).requires_grad_()
+    grad = lambda: torch.autograd.grad((t.decode(leaf, torch.tensor([2, 7]))**2).sum(), leaf)[0]
+    plain = grad()
+    save_memory(t)
+    assert plain.abs().sum((0, 1, 3, 4)).gt(0).tolist() == [False, True, True] and t.vae.decoder.pieces == 1
+    assert_close(grad(), plain, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", [flow_scheduler(5.), FlowMatchEulerDiscreteScheduler(shift=5.)], ids=["UniPC", "Euler"])
+def test_wan22_in_the_stock_pipeline(wan22, scheduler):
+    "The stock loop gives every token a time; with one time per clip our network reaches the same latents"
+    t, n, w = load_teacher(wan22, frames=9, size=(64, 96)), 4, 4.
+    pipe = WanPipeline.from_pretrained(wan22)
+    pipe.set_progress_bar_config(disable=True)
+    ctx, null = t.encode_text(["a red cat"]), t.encode_text([""])
+    start = torch.randn(1, *t.latent_shape, generator=make_gen(1))
+    euler = type(scheduler) is FlowMatchEulerDiscreteScheduler
+    if euler:                                        # at the times of the library's own grid
+        own = scheduler.set_timesteps
+        scheduler.set_timesteps = lambda n, device=None: own(sigmas=(torch.arange(n, 0, -1) / n).tolist(), device=device)
+    pipe.scheduler, times = scheduler, []
+    pipe.transformer.register_forward_pre_hook(lambda m, args, kwargs: times.append(kwargs["timestep"].shape), with_kwargs=True)
+    theirs = pipe(prompt_embeds=ctx, negative_prompt_embeds=null, latents=start.clone(), num_inference_steps=n, guidance_scale=1 + w,
+                  height=64, width=96, num_frames=9, output_type="latent").frames
+    assert set(times) == {(1, 3*2*3)} and len(times) == 2*n
+    with torch.no_grad():
+        if euler: *_, (_, _, ours) = ddim_sample(DDIM(t.schedule, n), t.denoise, start, w, ctx, null)
+        else:
+            scheduler.set_timesteps(n)
+            ours = start
+            for s in scheduler.timesteps:
+                yes, no = (t.denoiser(ours, s[None], c).sample for c in (ctx, null))
+                ours = scheduler.step(no + (1 + w)*(yes - no), s, ours, return_dict=False)[0]
+    assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert (ours - start).abs().max() > .1
+
+
+def test_lora_of_wan22_in_the_stock_pipeline(wan22, tmp_path):
+    "A file for the published folder, which gives each token a time"
+    student = Student(load_teacher(wan22, frames=5, size=(64, 64)), 4)
+    t, gen, w = student.teacher, make_gen(0), 3.
+    with torch.no_grad():
+        for p in student.trainable().values(): p.copy_(.1 * torch.randn(p.shape, generator=gen))
+    save_wan_lora(t.denoiser, tmp_path / "lora", w)
+    pipe = WanPipeline.from_pretrained(wan22)
+    pipe.load_lora_weights(tmp_path / "lora", weight_name="pytorch_lora_weights.safetensors")
+    pipe.scheduler = stock_scheduler(t.scheduler, 4)
+    pipe.set_progress_bar_config(disable=True)
+    z, ctx = torch.randn(1, *t.latent_shape, generator=gen), t.encode_text(["a cat"])
+    with torch.no_grad():
+        torch.manual_seed(0)
+        f = lambda z, s: student(z, s, ctx, torch.tensor([w]))
+        *_, (_, x0, _) = few_step_sample(f, z, few_step_grid(4), t.schedule, lambda i: torch.randn(z.shape))
+        torch.manual_seed(0)
+        frames = pipe(prompt_embeds=ctx, latents=z, num_inference_steps=4, guidance_scale=1., height=64, width=64, num_frames=5,
+                      output_type="pt").frames
+        assert_close(frames.transpose(1, 2), t.decode(x0), atol=1e-4, rtol=0)
+
+
+def test_wan22_is_distilled_by_the_commands(wan22, tmp_path, monkeypatch, capsys):
+    "Two steps, four-step clips, the same student again; the student of another teacher is refused"
+    monkeypatch.chdir(tmp_path)
+    small = ["--reward", "tiny-image,tiny-video", "--frames", "9", "--height", "64", "--width", "64", "--video_frames", "2", "--image_frames", "1"]
+    assert main(["distill", "--teacher", str(wan22), *small, "--rank", "2", "--batch", "1", "--steps", "2", "--eval_every", "0", "--track", "",
+                 "--vocabulary", "", "--out", "run"]) == 0
+    student = load_student("run/student")
+    assert type(student.teacher).__name__ == "WanTeacher" and student.teacher.video_shape == (3, 9, 64, 64) and student.w_projection.weight.any()
+    assert student.fingerprints == load_teacher(wan22, frames=9, size=(64, 64)).fingerprints()
+    assert main(["sample", "--student", "run/student", "--prompt", "a cat", "--dtype", "bfloat16", "--out", "videos"]) == 0
+    assert [p.suffix for p in (tmp_path / "videos").iterdir()] == [".mp4"]
+    with pytest.raises(UserError, match="belongs to another teacher"): load_student("run/student", tiny_wan22(seed=1, frames=9))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [tiny_wan, tiny_wan22])
+def test_a_merged_student_samples_in_half_precision(make, dtype, tmp_path):
+    "The time layers stay in float32 while the merged w-projection has the precision of the blocks"
+    save_student(random_student(make=make, frames=5, folder=tmp_path / "wan"), tmp_path / "student")
+    full, half = (T2VTurboPipeline.from_pretrained(tmp_path / "student", dtype=d) for d in (torch.float32, dtype))
+    assert half.denoiser.cond_proj.weight.dtype == dtype and half.denoiser.condition_embedder.time_embedder.linear_2.weight.dtype == torch.float32
+    a, b = (p("a cat", 1, generator=make_gen(0), output_type="latent").frames for p in (full, half))
+    assert b.isfinite().all() and (a - b).norm() < .1 * a.norm()
+
+
+def test_two_transformers_are_refused(wan22, tmp_path):
+    "Wan 2.2 A14B has the class names of Wan 2.1, so it would load, and be half a model"
+    folder = shutil.copytree(wan22, tmp_path / "a14b")
+    index = json.loads((folder / "model_index.json").read_text()) | dict(transformer_2=["diffusers", "WanTransformer3DModel"], boundary_ratio=.875)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="has two transformers, .* give Wan 2.1 or Wan 2.2 TI2V-5B"): load_teacher(folder)
 
 
 # ---- back to stock diffusers

@@ -8,6 +8,7 @@ __all__ = ['SHIPPED', 'LOADERS', 'CLASSES', 'DEFAULTS', 'kind_of', 'local_folder
 
 # %% ../../nbs/22_folders.ipynb #41f1705a
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -27,10 +28,9 @@ from .base import Teacher
 from .loading import check_size, check_whole, load_part, read_about, read_object
 from .lora import fuse_loras, read_loras
 from .published import with_w_projection
+from .sana import GuidedSana, SanaTeacher, load_sana
 from .videocrafter2 import set_fps, x0_scale
-from .wan import FlowTeacher, GuidedWan, WanTeacher, load_wan
-
-
+from .wan import FlowTeacher, GuidedWan, WanTeacher, check_single, load_wan
 
 # %% ../../nbs/22_folders.ipynb #08d22e65
 _PLACES = ("unet", "transformer", "denoiser")   # possible folders of the network
@@ -67,7 +67,7 @@ def local_folder(name:str,     # one of `SHIPPED`, a folder, or `owner/name@revi
         raise UserError(f"there is no folder {name!r}{nearest(name, (*SHIPPED, *KNOWN))}: give "
                         f"{' or '.join(map(repr, SHIPPED))}, a diffusers folder or a hub id such "
                         "as owner/name")
-    try: return fetch_folder(name, variant, dtype)
+    try: return fetch_folder(name, variant, dtype, check=partial(check_single, name))
     except UserError as e: raise UserError(f"there is no folder {name!r}, and {e}") from None
 
 # %% ../../nbs/22_folders.ipynb #98801ed4
@@ -146,20 +146,22 @@ def _load_tiny(folder, frames=None, size=None, fps=None, dtype=torch.float32,
     return teacher
 
 LOADERS = dict(TinyVideoDenoiser=_load_tiny, UNet3DConditionModel=load_unet_teacher,
-               WanTransformer3DModel=load_wan)
+               WanTransformer3DModel=load_wan, SanaVideoTransformer3DModel=load_sana)
+
+def _offers(): return {e.name: e for e in entry_points(group="t2v_turbo.teachers")}
 
 def loader_of(name:str, # of the model, for errors
               kind:str, # class name of its network
              ):         # `(folder, frames=, size=, fps=, dtype=) -> Teacher`
     "Find the loader of a network class, in `LOADERS` or in an installed package"
     if kind in LOADERS: return LOADERS[kind]
-    offers = {e.name: e for e in entry_points(group="t2v_turbo.teachers")}
-    if kind in offers: return offers[kind].load()
+    if kind in (offers := _offers()): return offers[kind].load()
     raise UserError(f"{name!r} holds a {kind}, which is no teacher here: give one of "
                     f"{', '.join([*LOADERS, *offers])}")
 
 # %% ../../nbs/22_folders.ipynb #577112d9
-CLASSES = {(GuidedWan, AutoencoderKLWan): WanTeacher, (GuidedWan, AutoencoderKL): FlowTeacher}
+CLASSES = {(GuidedWan, AutoencoderKLWan): WanTeacher, (GuidedWan, AutoencoderKL): FlowTeacher,
+           (GuidedSana, AutoencoderKLWan): SanaTeacher}
 
 def teacher_class(denoiser:torch.nn.Module, # a teacher's network
                   vae:torch.nn.Module,      # and its VAE
@@ -296,7 +298,7 @@ def in_tiny_world(name:str, # of a teacher: one of `SHIPPED`, a folder, or a hub
 
 # %% ../../nbs/22_folders.ipynb #116b4d44
 def _defaults_of_kind(name, kind, about):
-    if kind == "WanTransformer3DModel": return DEFAULTS["wan"]
+    if kind in ("WanTransformer3DModel", "SanaVideoTransformer3DModel"): return DEFAULTS["wan"]
     if kind == "TinyVideoDenoiser": return DEFAULTS["tiny"]
     if kind == "UNet3DConditionModel":
         return DEFAULTS["videocrafter2" if about.get("kind") == "videocrafter2" else "modelscope"]
@@ -311,12 +313,13 @@ def defaults_of(name:str|Teacher="tiny", # one of `SHIPPED`, a folder, a hub id,
     "Return a teacher's defaults; from the hub, download only `model_index.json`"
     if isinstance(name, Teacher):
         if type(name) is FlowTeacher: return DEFAULTS["tiny"]  # frame-wise: only tiny ones exist
-        kind = type(name.denoiser).__name__.replace("GuidedWan", "WanTransformer3DModel")
-        return _defaults_of_kind(name.name, kind, {})
+        kinds, known = [c.__name__ for c in type(name.denoiser).__mro__], {*LOADERS, *_offers()}
+        return _defaults_of_kind(name.name, next((k for k in kinds if k in known), kinds[0]), {})
     if in_tiny_world(name): return DEFAULTS["tiny"]
     found = (_about(name, f"{n}/config.json").get("_class_name") for n in _PLACES)
     if not Path(name).exists():                      # on the hub, one file lists all classes
         index = _about(name, "model_index.json", needed=True)
+        check_single(name, index)
         found = (index[n][1] for n in _PLACES if index.get(n))
     kind = next(filter(None, found), None) or kind_of(name)        # raises, with reasons
     about = _about(name, "teacher.json") if kind == "UNet3DConditionModel" else {}

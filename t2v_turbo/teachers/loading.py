@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NEEDED', 'PEFT', 'not_a_pointer', 'local_file', 'read_object', 'read_torch', 'differences', 'shapes_in', 'tensors_in',
            'empty_network', 'load_streamed', 'check_size', 'check_whole', 'dtype_arg', 'check_config', 'check_words',
-           'which_weights', 'not_counted', 'load_part', 'read_about', 'save_adapters', 'new_folder', 'save_parts']
+           'which_weights', 'not_counted', 'load_part', 'read_about', 'config_of', 'load_scheduler', 'clip_numbers',
+           'save_adapters', 'new_folder', 'save_parts']
 
 # %% ../../nbs/16_loading.ipynb #94020d9b
 import copy
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
@@ -214,9 +216,11 @@ def dtype_arg(cls:type, # of diffusers or transformers
 NEEDED = dict(                            # keys whose defaults would be silently wrong
     UNet3DConditionModel=("attention_head_dim", "cross_attention_dim", "block_out_channels"),
     WanTransformer3DModel=("num_attention_heads", "attention_head_dim", "patch_size"),
+    SanaVideoTransformer3DModel=("num_attention_heads", "attention_head_dim", "patch_size"),
     AutoencoderKL=("block_out_channels", "latent_channels"), AutoencoderKLWan=("z_dim",),
     CLIPTextModel=("hidden_act", "num_attention_heads", "num_hidden_layers"),
     UMT5EncoderModel=("num_heads", "d_kv"),
+    Gemma2Model=("hidden_size", "num_attention_heads", "head_dim"),
     DDIMScheduler=("beta_start", "beta_end", "beta_schedule"))
 
 def _defaults(cls):
@@ -229,6 +233,7 @@ def _defaults(cls):
     return {p.name: stand_in(p) if p.default is None else p.default for p in found
             if p.default is not p.empty}
 
+# %% ../../nbs/16_loading.ipynb #7eec037c
 def _odd(value, default):
     "Whether a value has another type than its default"
     if isinstance(default, bool): return isinstance(value, (str, dict))
@@ -356,6 +361,38 @@ def read_about(folder:str|Path, # of a teacher
                         "height and width for size")
     return found
 
+# %% ../../nbs/16_loading.ipynb #59556a96
+def config_of(folder:str|Path, # a diffusers folder
+              part:str,        # name of the component
+              file:str="config.json", # its configuration
+             )->dict:          # with the name of its class at `_class_name`
+    "Read the configuration of a component"
+    path = Path(folder)/part/file
+    if not path.is_file():
+        raise UserError(f"{str(folder)!r} has no {part}/{file}: give a diffusers folder with all "
+                        "components, such as a copy of Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    found = read_object(path, "the folder as it was published")
+    if isinstance(found.get("_class_name"), str): return found
+    raise UserError(f"{str(path)!r} lacks the name of its class: give it as it was published")
+
+def load_scheduler(folder:str|Path): # a diffusers folder
+    "Load the scheduler of a folder, of the class that it names"
+    name = config_of(folder, "scheduler", "scheduler_config.json")["_class_name"]
+    if (cls := getattr(diffusers, name, None)) is None:
+        raise UserError(f"{str(folder)!r} names a scheduler {name} that diffusers does not have: "
+                        "give the folder as it was published")
+    return load_part(cls, folder, "scheduler")
+
+# %% ../../nbs/16_loading.ipynb #4ca8a65f
+def clip_numbers(about:dict, # content of `teacher.json`
+                 **given,    # `frames`, `fps` and `size`; `None`: not chosen
+                )->dict:     # those that are known
+    "Choose frames, rate and size of a clip: as given, else from `teacher.json`"
+    found = {k: about.get(k) if v is None else v for k, v in given.items()}
+    for k in ("frames", "fps"):
+        if found[k] is not None: check_whole(k, found[k])
+    return {k: tuple(v) if k == "size" else v for k, v in found.items() if v is not None}
+
 # %% ../../nbs/16_loading.ipynb #fd9c76ea
 PEFT = "base_model.model."                        # PEFT's prefix for the names of a network
 
@@ -380,10 +417,11 @@ def new_folder(out:str|Path): # the new folder
 def save_parts(parts:dict,        # name: component with `save_pretrained`
                folder:str|Path,   # target; each component in a subfolder
                pipeline:str|None=None, # class that `model_index.json` names; `None`: no such file
+               **more,            # other entries of `model_index.json`
               )->None:
     "Write the components of a diffusers folder"
     for n, p in parts.items(): p.save_pretrained(Path(folder)/n)
     if pipeline is None: return
     kinds = {n: [type(p).__module__.split(".")[0], type(p).__name__] for n, p in parts.items()}
     write_json(Path(folder)/"model_index.json",
-               dict(_class_name=pipeline, _diffusers_version=version("diffusers"), **kinds))
+               dict(_class_name=pipeline, _diffusers_version=version("diffusers"), **more, **kinds))
