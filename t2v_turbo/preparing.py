@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MS_MODEL', 'whole_or_nothing', 'ConvertVideoCrafter2', 'ConvertLora', 'ConvertMerged', 'CacheOptions', 'cache',
-           'PlanOptions', 'PretrainOptions']
+           'from_prompts', 'PlanOptions', 'PretrainOptions']
 
 # %% ../nbs/69_preparing.ipynb #09dc1ddd
 from contextlib import contextmanager
@@ -162,6 +162,57 @@ def cache(o:CacheOptions, # the cache to compute
                       at_once=o.at_once, verify=bool(o.verify), rank=state.process_index,
                       num_processes=state.num_processes, progress=state.is_main_process, **more))
 
+# %% ../nbs/69_preparing.ipynb #48c52ebd
+def _prompts_in(cfg):
+    "Open the prompts of a run; `None` if its data is something else"
+    from t2v_turbo.data.sources import Prompts, source_class
+    if not cfg.data or (Path(cfg.data) / "cache.json").is_file(): return None
+    return Prompts(cfg.data, cfg.seed) if source_class(cfg.data) is Prompts else None
+
+def _complete(folder, n, **settings):
+    "Test whether a cache of these settings has all its samples"
+    from t2v_turbo.data.cache import open_cache
+    try: return len(open_cache(folder, **settings)) == n
+    except UserError: return False
+
+# %% ../nbs/69_preparing.ipynb #f24e37a3
+def from_prompts(cfg,           # a `Config`
+                 samples:int=0, # latents in all; 0: one of each prompt
+                 steps:int=50,  # DDIM steps of the teacher
+                 also:tuple=(), # more captions to encode
+                ):              # a `Config` with two caches if the data is prompts, else `cfg`
+    "Let the teacher sample and encode the prompts of a run, once"
+    from dataclasses import replace
+
+    from t2v_turbo.teachers.folders import defaults_of
+    if (source := _prompts_in(cfg)) is None: return cfg
+    given = cfg.texts and (Path(cfg.texts) / "cache.json").is_file()
+    texts, latents = cfg.texts if given else f"{cfg.out}/texts", f"{cfg.out}/latents"
+    words = list(dict.fromkeys([*source.prompts, *also]))
+    how:dict = dict(w=defaults_of(cfg.teacher).guidance, steps=steps, seed=cfg.seed)
+    todo = []
+    if not _complete(latents, samples or len(source), data=source, **how):
+        todo.append(("samples", source, latents, samples or None, how))
+    if not given and not _complete(texts, len({"", *words})):
+        todo.append(("text", words, texts, None, {}))
+    if todo: _make(cfg, todo)
+    return replace(cfg, data=latents, texts=texts)
+
+# %% ../nbs/69_preparing.ipynb #945db01b
+def _make(cfg, todo):
+    "Compute the caches of a run with one teacher, which is dropped at the end"
+    from t2v_turbo.data.build import build_cache
+    from t2v_turbo.suites import processes
+    state = processes()
+    o = CacheOptions("samples", cfg.out, cfg.teacher, frames=cfg.frames, height=cfg.height,
+                     width=cfg.width, fps=cfg.fps, variant=cfg.variant, dtype_of_teacher=cfg.dtype)
+    teacher = _cache_teacher(o, state.device)
+    for kind, source, folder, n, how in todo:
+        build_cache(kind, teacher, source, folder, n, cfg.batch, rank=state.process_index,
+                    at_once=max(1, cfg.batch // cfg.accumulate), progress=state.is_main_process,
+                    num_processes=state.num_processes, **how)
+    state.wait_for_everyone()
+
 # %% ../nbs/69_preparing.ipynb #4889715b
 @dataclass(frozen=True)
 class PlanOptions:
@@ -172,7 +223,8 @@ class PlanOptions:
     height:int = 0       # of a clip, pixels; 0: the teacher's own
     width:int = 0
     batch:int = 1        # clips a process works on at a time
-    rank:int|None = None # LoRA rank
+    rank:int|None = None # LoRA rank; 0: no LoRA, every weight of the denoiser trains
+    lora_dropout:float = 0. # as for `distill`
     image_frames:int|None = None # frames the image reward sees
     gpu:float = 24.      # memory of the GPU, GB
     tflops:float = 0.    # real speed of the GPU, for seconds a step; 0: memory only
@@ -180,7 +232,7 @@ class PlanOptions:
     def __post_init__(self):
         typed(self)
         given = {k: v for k, v in vars(self).items() if v is not None}
-        least = dict(frames=0, height=0, width=0, batch=1, rank=1, image_frames=1, gpu=0, tflops=0)
+        least = dict(frames=0, height=0, width=0, batch=1, rank=0, image_frames=1, gpu=0, tflops=0)
         at_least(given, **{k: v for k, v in least.items() if k in given})
 
     def run(self):
@@ -192,10 +244,20 @@ class PlanOptions:
         rewards = None if self.rewards is None else tuple(
             r for r in self.rewards.split(",") if r)
         rows = plan_rows(self.teacher, rewards, frames=self.frames or None, size=size,
-                         batch=self.batch, rank=self.rank, image_frames=self.image_frames)
+                         batch=self.batch, rank=self.rank, image_frames=self.image_frames,
+                         lora_dropout=self.lora_dropout)
         rows = list(tqdm(rows, desc="plan", total=len(SWITCHES), leave=False))
         print(plan_table(rows, self.gpu, self.tflops))
+        if self.rank == 0: self._require_room(rows)
         print(precision_text(*first_fit(rows, self.gpu)))
+
+    def _require_room(self, rows):
+        "Raise if full fine-tuning does not fit with any switch"
+        from t2v_turbo.plan import GB, RESERVE
+        least = min(p.total for _, p in rows) / GB + RESERVE
+        if least > self.gpu: raise UserError(
+            f"rank 0 trains every weight of {self.teacher}, which takes {least:.1f} GB and not "
+            f"{self.gpu:g}: give a LoRA rank such as --rank 32")
 
 # %% ../nbs/69_preparing.ipynb #c1d8bf18
 @dataclass(frozen=True)
