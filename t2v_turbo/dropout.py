@@ -48,11 +48,11 @@ class LoRADropout:
              module, args, # of the hook
              y:Tensor,  # the layer's output `(n ...)`, n a multiple of the number of clips
             )->Tensor:
-        "Drop elements of `y`"
+        "Drop elements of `y`, in place: nothing but a mask is kept for backward"
         if not self.seeds: return y
-        keep = torch.empty(y.shape, dtype=torch.bool, device=y.device)
-        for seed, own in zip(self.seeds, keep.chunk(len(self.seeds))):
+        gone = torch.empty(y.shape, dtype=torch.bool, device=y.device)
+        for seed, own in zip(self.seeds, gone.chunk(len(self.seeds))):
             gen = None if y.is_meta else torch.Generator(y.device).manual_seed(
                 step_seed(seed, layer, f"dropout {self.call}"))
-            own.bernoulli_(1 - self.p, generator=gen)
-        return torch.where(keep, y / (1 - self.p), 0)
+            own.bernoulli_(self.p, generator=gen)
+        return y.masked_fill_(gone, 0).div_(1 - self.p)

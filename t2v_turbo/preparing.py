@@ -202,8 +202,10 @@ def from_prompts(cfg,           # a `Config`
 def _make(cfg, todo):
     "Compute the caches of a run with one teacher, which is dropped at the end"
     from t2v_turbo.data.build import build_cache
-    from t2v_turbo.suites import processes
-    state = processes()
+    from t2v_turbo.engines import choose_engine
+    engine = choose_engine(cfg.out, cfg.track, cfg.optimizer)
+    engine.rows(cfg.batch, cfg.accumulate)            # raises before hours of sampling
+    state = engine.accelerator
     o = CacheOptions("samples", cfg.out, cfg.teacher, frames=cfg.frames, height=cfg.height,
                      width=cfg.width, fps=cfg.fps, variant=cfg.variant, dtype_of_teacher=cfg.dtype)
     teacher = _cache_teacher(o, state.device)
