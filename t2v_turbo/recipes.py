@@ -84,7 +84,7 @@ def recipe_named(name:str, # one of `RECIPES`
 def recipe_table()->str:
     "List every recipe with its flags"
     flags = lambda r: " ".join(f"--{k} {v}" for k, v in r.settings.items())
-    return "\n".join(f"{name:20}{r.about}\n{'':20}{flags(r)}" for name, r in RECIPES.items())
+    return "\n".join(f"{name:22}{r.about}\n{'':22}{flags(r)}" for name, r in RECIPES.items())
 
 def print_recipes()->int: # 0
     "Print every recipe"
