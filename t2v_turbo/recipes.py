@@ -67,10 +67,12 @@ RECIPES = {
     "videocrafter2-24gb": _recipe(*_VC2, 24, VC2, save_memory="denoiser,decode"),
     "videocrafter2-48gb": _recipe(*_VC2, 48, VC2, save_memory="denoiser"),
     "videocrafter2-80gb": _recipe(*_VC2, 80, VC2, save_memory="denoiser", accumulate=4),
+    "videocrafter2-full-80gb": _recipe(*_VC2, 80, VC2 | CACHES, rank=0, lora_dropout=0.,
+                                       save_memory="denoiser,rewards"),
     "videocrafter2-8x": Recipe("the same on eight GPUs of 24 GB or more, one clip each",
                                VC2 | dict(save_memory="all", accumulate=1), 24, 8),
     "wan-48gb": _recipe(*_WAN, 48, WAN | CACHES, save_memory="all"),
-    "wan-80gb": _recipe(*_WAN, 80, WAN | CACHES, save_memory="all"),
+    "wan-80gb": _recipe(*_WAN, 80, WAN | CACHES, save_memory="denoiser,decode"),
 }
 
 # %% ../nbs/68_recipes.ipynb #375010d4
@@ -84,7 +86,7 @@ def recipe_named(name:str, # one of `RECIPES`
 def recipe_table()->str:
     "List every recipe with its flags"
     flags = lambda r: " ".join(f"--{k} {v}" for k, v in r.settings.items())
-    return "\n".join(f"{name:22}{r.about}\n{'':22}{flags(r)}" for name, r in RECIPES.items())
+    return "\n".join(f"{name:25}{r.about}\n{'':25}{flags(r)}" for name, r in RECIPES.items())
 
 def print_recipes()->int: # 0
     "Print every recipe"
@@ -170,10 +172,10 @@ def _with_recipe(name, given):
     own = recipe_named(name)
     planned = RECIPES[name].gpu and own["teacher"] == given.get("teacher", own["teacher"])
     if planned and given.get("rank") == 0 and own.get("rank") != 0:
-        full = [n for n, r in RECIPES.items() if r.settings.get("rank") == 0]
-        raise UserError(f"recipe {name} was planned with LoRA, and full fine-tuning does not fit "
-                        f"{RECIPES[name].gpu} GB beside it: leave out --rank 0, or give "
-                        f"--recipe {' or '.join(full)}")
+        full = [f"give --recipe {n}" for n, r in RECIPES.items()
+                if r.settings.get("rank") == 0 and r.settings["teacher"] == own["teacher"]]
+        raise UserError(f"recipe {name} was planned with LoRA, and full fine-tuning takes more "
+                        f"memory: {' or '.join(['leave out --rank 0', *full])}")
     return own | given
 
 # %% ../nbs/68_recipes.ipynb #c57ace14

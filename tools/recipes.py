@@ -17,8 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE, HELD = ROOT / "nbs/tutorials/recipes.ipynb", ROOT / "nbs/tutorials/recipes.json"
 RESERVE = 1.5                           # GB of `plan.RESERVE`, which would import PyTorch; a test compares them
 SPEED = .35                             # of a card's data sheet: an assumption, see the page
-LEAST = {"videocrafter2-full": "videocrafter2-80gb"}                # what is too large for most GPUs: predicted, and no recipe
-FULL = dict(rank=0, lora_dropout=0., batch=1, cached="latents", save_rewards=True)
 
 TEACHERS = {                            # name: title, kind of its defaults, data, row of the paper
     "modelscope": ("ModelScopeT2V, 256x256, 16 frames", "modelscope", "80.62 / 82.15 / 74.47"),
@@ -32,11 +30,6 @@ BEFORE = {
     "wan": "The teacher is fetched from the hub by the recipe itself. Its text encoder is four times as large as its transformer, so both caches come first, "
            "or `--data prompts.txt`, which makes them.",
 }
-
-
-def setup(name):
-    "Of a recipe, or of what is too large to be one"
-    return replace(setup_of(LEAST[name]), **FULL) if name in LEAST else setup_of(name)
 
 
 def predicted(s):
@@ -54,8 +47,8 @@ def words(s): return {k: str(v) for k, v in asdict(s).items()}
 
 def stale(held):
     "Names that were not predicted yet, or with other settings"
-    names = [n for n in (*RECIPES, *LEAST) if n != "tiny"]
-    return [n for n in names if held.get(n, {}).get("setup") != words(setup(n))]
+    names = [n for n in RECIPES if n != "tiny"]
+    return [n for n in names if held.get(n, {}).get("setup") != words(setup_of(n))]
 
 
 def of(kind): return [n for n in RECIPES if n.startswith(kind + "-")]
@@ -153,8 +146,6 @@ def teacher(kind, held):
     if kind == "wan": text.append(
         f"There is no recipe for 16 or 24 GB: with both caches and everything recomputed a step still takes {held['wan-48gb']['total']:.1f} GB, "
         f"its peak in {held['wan-48gb']['highest']}, and an 8-bit optimiser saves less than 1 GB of them. Fewer frames or a smaller size fit, and are another task than the teacher's.")
-    if kind == "videocrafter2": text.append(
-        f"Full fine-tuning (`--rank 0`) takes {held['videocrafter2-full']['total']:.1f} GB with both caches and everything recomputed.")
     return "\n\n".join(text)
 
 
@@ -202,11 +193,11 @@ def main(argv=None):
     a = p.parse_args(argv)
     held = json.loads(HELD.read_text(encoding="utf-8")) if HELD.exists() else {}
     for n in stale(held) if a.predict else ():
-        mine = words(setup(n))
+        mine = words(setup_of(n))
         like = [h for h in held.values() if h["setup"] | dict(dtype="") == mine | dict(dtype="")]
-        held[n] = (like[0] if like else predicted(setup(n))) | dict(setup=mine)
+        held[n] = (like[0] if like else predicted(setup_of(n))) | dict(setup=mine)
         print(n, held[n]["total"], "GB", flush=True)
-        write_json(HELD, {n: held[n] for n in (*RECIPES, *LEAST) if n in held})
+        write_json(HELD, {n: held[n] for n in RECIPES if n in held})
     if old := stale(held): sys.exit(f"{', '.join(old)} changed: run python tools/recipes.py --predict")
     text = page(held)
     if a.check: sys.exit(PAGE.read_text(encoding="utf-8") != text and "nbs/tutorials/recipes.ipynb is not of today: run python tools/recipes.py")
