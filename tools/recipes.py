@@ -16,6 +16,7 @@ from t2v_turbo.teachers.folders import DEFAULTS
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, HELD = ROOT / "nbs/tutorials/recipes.ipynb", ROOT / "nbs/tutorials/recipes.json"
 RESERVE = 1.5                           # GB of `plan.RESERVE`, which would import PyTorch; a test compares them
+FLOAT = "; the student computes in float32, unless `accelerate launch --mixed_precision bf16` casts it"
 SPEED = .35                             # of a card's data sheet: an assumption, see the page
 
 TEACHERS = {                            # name: title, kind of its defaults, data, row of the paper
@@ -23,6 +24,7 @@ TEACHERS = {                            # name: title, kind of its defaults, dat
     "videocrafter2": ("VideoCrafter2, 320x512, 16 frames", "videocrafter2", "81.01 / 82.57 / 74.76"),
     "wan": ("Wan 2.1 1.3B, 480x832, 81 frames", "wan", ""),
 }
+VIDEO = dict(modelscope="ViCLIP", videocrafter2="InternVideo2")
 BEFORE = {
     "modelscope": "The teacher is fetched from the hub by the recipe itself. Its weights are CC-BY-NC-4.0, and so is a student.",
     "videocrafter2": "The teacher is converted once: `t2v-turbo convert videocrafter2 model.ckpt videocrafter2 --vocabulary open_clip_torch-*.whl` "
@@ -60,6 +62,9 @@ def seconds(name, held):
     return held[name]["tflop"] * r.settings["accumulate"] / (SPEED * GPUS[r.gpu].tflops)
 
 
+def least(r): return "> " * (r.settings.get("rank") == 0)      # float32 is slower than the data sheet's half precision
+
+
 def hours(s): return f"{s / 3600:.0f} hours" if s < 72 * 3600 else f"{s / 86400:.0f} days"
 
 
@@ -69,7 +74,7 @@ def overview(held):
         if not r.gpu: continue
         g, s = GPUS[r.gpu], seconds(n, held)
         many = f"{r.processes} x " if r.processes > 1 else ""
-        rows.append(f"| [`{n}`](#{n}) | {many}{r.gpu} GB ({g.name}) | {held[n]['total']:.1f} | {g.memory - RESERVE:.1f} | {s:.0f} | {hours(s * r.settings['steps'])} |")
+        rows.append(f"| [`{n}`](#{n}) | {many}{r.gpu} GB ({g.name}) | {held[n]['total']:.1f} | {g.memory - RESERVE:.1f} | {least(r)}{s:.0f} | {least(r)}{hours(s * r.settings['steps'])} |")
     return "\n".join(rows)
 
 
@@ -110,9 +115,9 @@ Data: a folder, a table or tars of videos with captions, of any size and length 
 
 | predicted | |
 | --- | --- |
-| memory | {h['total']:.1f} GB at its peak ({h['highest']}), {h['always']:.1f} GB of them always; a {g.name} has {g.memory:g}, of which {RESERVE:g} stay free |
-| operations | {h['tflop']:.0f} TFLOP for each of {r.settings['accumulate']} pieces of a step{', on each GPU' if r.processes > 1 else ''} |
-| time | {s:.0f} s a step, {hours(s * r.settings['steps'])} for {r.settings['steps']:,} steps, at {100 * SPEED:.0f} % of {g.tflops:g} TFLOPS |
+| memory | {h['total']:.1f} GB at its peak ({h['highest']}), {h['always']:.1f} GB of them always; {g.memory:g} are reported by a card of type {g.name}, {RESERVE:g} stay free |
+| operations | {h['tflop']:.0f} TFLOP {'a step on each GPU' if r.processes > 1 else f"for each of {r.settings['accumulate']} pieces of a step"} |
+| time | {least(r)}{s:.0f} s a step, {least(r)}{hours(s * r.settings['steps'])} for {r.settings['steps']:,} steps, at {100 * SPEED:.0f} % of {g.tflops:g} TFLOPS{FLOAT if least(r) else ""} |
 | backward recomputes | {r.settings.get('save_memory') or 'nothing'} |
 | measured on a GPU | open |"""
 
@@ -123,11 +128,11 @@ def against(kind):
     ours = next(RECIPES[n].settings for n in of(kind))
     rows = [("", "paper", "recipe"),
             ("GPUs and clips a step", "8 x A100, one clip each", f"the GPU of the recipe; {PAPER['batch']} clips, in pieces"),
-            ("steps, learning rate", "10,000; 1e-5, constant", f"{PAPER['steps']:,}; {ours.get('lr', d.lr):g}, {d.lr_schedule}"),
+            ("steps, learning rate", "10,000; 1e-5, constant", f"{PAPER['steps']:,}; {ours.get('lr', d.lr):.0e}, {d.lr_schedule}".replace("e-0", "e-")),
             ("guidance scales", "[5, 15]", f"[{d.w_min:g}, {d.w_max:g}]"),
             ("solver skip", "k = 20", f"k = {d.k}"),
             ("image reward", "HPSv2.1, M = 6", f"{ours['reward'].split(',')[0]}, M = {PAPER['image_frames']}"),
-            ("video reward", "8 frames", f"{ours['reward'].split(',')[1]}, {PAPER['video_frames']} frames"),
+            ("video reward", f"{VIDEO.get(kind, '')}, 8 frames", f"{ours['reward'].split(',')[1]}, {PAPER['video_frames']} frames"),
             ("weights of the rewards", "", f"{d.beta_img:g}, {d.beta_vid:g}"),
             ("LoRA", "", f"rank {d.rank}, dropout {PAPER['lora_dropout']:g}"),
             ("VBench, 4 steps: total / quality / semantic", vbench, "open"),
@@ -160,8 +165,9 @@ HEAD = """# Recipes by teacher and GPU
 
 > One named run for each teacher and size of GPU: command, data, memory and time by `plan`, and the paper beside it"""
 INTRO = """Each recipe is the paper's run on another GPU: the same batch, steps, rewards and frames, in pieces that fit. `t2v-turbo distill --recipe NAME` runs it, and every
-option replaces one of its settings. `pip download --no-deps open_clip_torch` brings the wheel with CLIP's vocabulary, which is neither installed nor imported. This page is written by `python tools/recipes.py` from the table in [notebook 68](../68_recipes.ipynb) and from `plan`
-([notebook 54](../54_plan.ipynb)), which runs the step at full size on a device without memory.
+option replaces one of its settings. `pip download --no-deps open_clip_torch` brings the wheel with CLIP's vocabulary, which is neither installed nor imported.
+This page is written by `python tools/recipes.py` from the table in [notebook 68](../68_recipes.ipynb) and from `plan` ([notebook 54](../54_plan.ipynb)), which runs
+the step at full size on a device without memory. Full fine-tuning (`full` in the name) trains every weight beside a frozen copy of the teacher.
 
 **No recipe was run on a GPU.** Memory agrees with measurements on a CPU. Time is the number of operations, divided by 35 % of the product that the card's data
 sheet gives for half precision: an assumption, which reading and decoding clips, small layers and old drivers make worse. Cells that need a GPU are marked open."""
