@@ -70,7 +70,8 @@ RECIPES = {
     "videocrafter2-full-80gb": _recipe(*_VC2, 80, VC2 | CACHES, rank=0, lora_dropout=0.,
                                        save_memory="denoiser,rewards"),
     "videocrafter2-8x": Recipe("VideoCrafter2, 320x512, 16 frames, on eight GPUs of 24 GB or "
-                               "more, one clip each", VC2 | dict(save_memory="all", accumulate=1), 24, 8),
+                               "more, one clip each",
+                               VC2 | dict(save_memory="all", accumulate=1), 24, 8),
     "wan-48gb": _recipe(*_WAN, 48, WAN | CACHES, save_memory="all"),
     "wan-80gb": _recipe(*_WAN, 80, WAN | CACHES, save_memory="denoiser,decode"),
 }
