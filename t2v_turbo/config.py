@@ -20,9 +20,16 @@ from .optimizer import OPTIMIZERS
 from .rewards.names import missing_rewards, named_frames
 from .teachers.folders import defaults_of, in_tiny_world
 
+# %% ../nbs/52_config.ipynb #7edab42a
+class _Checked:
+    "Settings that are filled in and checked once they are given"
+    left = ()                  # names of settings filled in by the teacher; not an option
+
+    def __post_init__(self): typed(self); _fill_config(self); _check_config(self)
+
 # %% ../nbs/52_config.ipynb #0de0c395
 @dataclass(frozen=True)
-class Config:
+class Config(_Checked):
     "Settings of a training run; the objective is separate"
     out:str = "runs/turbo"     # output folder
     teacher:str = "tiny"       # `tiny`, `tiny-flow`, a folder with a teacher, or a hub id
@@ -61,9 +68,6 @@ class Config:
     track:str = "tensorboard"  # tensorboard, wandb or trackio; empty: only log.jsonl
     objective:Objective = None # the loss to minimise
 
-    left = ()                  # names of settings filled in by the teacher; not an option
-
-    def __post_init__(self): typed(self); _fill_config(self); _check_config(self)
 
 # %% ../nbs/52_config.ipynb #f93e2f83
 def objective_of(teacher:str="tiny", # as in `Config`

@@ -8,8 +8,10 @@ __all__ = ['LoRADropout']
 # %% ../nbs/48b_dropout.ipynb #777fe042
 from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
+from fastcore.basics import patch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -19,6 +21,9 @@ from .student import Student
 # %% ../nbs/48b_dropout.ipynb #2114e6d4
 class LoRADropout:
     "Dropout of the outputs of a student's LoRA, active within `clips` only"
+    if TYPE_CHECKING: # written below
+        def drop(self, layer:int, module, args, y:Tensor)->Tensor: ...
+
     def __init__(self,
                  student:Student, # gets hooks
                  p:float,         # probability; 0: no hooks
@@ -43,16 +48,18 @@ class LoRADropout:
         try: yield
         finally: self.seeds = ()
 
-    def drop(self,
-             layer:int, # number of the layer
-             module, args, # of the hook
-             y:Tensor,  # the layer's output `(n ...)`, n a multiple of the number of clips
-            )->Tensor:
-        "Drop elements of `y`, in place: nothing but a mask is kept for backward"
-        if not self.seeds: return y
-        gone = torch.empty(y.shape, dtype=torch.bool, device=y.device)
-        for seed, own in zip(self.seeds, gone.chunk(len(self.seeds))):
-            gen = None if y.is_meta else torch.Generator(y.device).manual_seed(
-                step_seed(seed, layer, f"dropout {self.call}"))
-            own.bernoulli_(self.p, generator=gen)
-        return y.masked_fill_(gone, 0).div_(1 - self.p)
+# %% ../nbs/48b_dropout.ipynb #76099ec3
+@patch
+def drop(self:LoRADropout,
+         layer:int, # number of the layer
+         module, args, # of the hook
+         y:Tensor,  # the layer's output `(n ...)`, n a multiple of the number of clips
+        )->Tensor:
+    "Drop elements of `y`, in place: nothing but a mask is kept for backward"
+    if not self.seeds: return y
+    gone = torch.empty(y.shape, dtype=torch.bool, device=y.device)
+    for seed, own in zip(self.seeds, gone.chunk(len(self.seeds))):
+        gen = None if y.is_meta else torch.Generator(y.device).manual_seed(
+            step_seed(seed, layer, f"dropout {self.call}"))
+        own.bernoulli_(self.p, generator=gen)
+    return y.masked_fill_(gone, 0).div_(1 - self.p)

@@ -215,6 +215,15 @@ def _make(cfg, todo):
                     num_processes=state.num_processes, **how)
     state.wait_for_everyone()
 
+# %% ../nbs/69_preparing.ipynb #ddbd89e6
+def _require_room(o, rows):
+    "Raise `UserError` if full fine-tuning does not fit with any switch"
+    from t2v_turbo.plan import GB, RESERVE
+    least = min(p.total for _, p in rows) / GB + RESERVE
+    if least > o.gpu: raise UserError(
+        f"rank 0 trains every weight of {o.teacher}, which takes {least:.1f} GB and not "
+        f"{o.gpu:g}: give a LoRA rank such as --rank 32")
+
 # %% ../nbs/69_preparing.ipynb #4889715b
 @dataclass(frozen=True)
 class PlanOptions:
@@ -250,16 +259,8 @@ class PlanOptions:
                          lora_dropout=self.lora_dropout)
         rows = list(tqdm(rows, desc="plan", total=len(SWITCHES), leave=False))
         print(plan_table(rows, self.gpu, self.tflops))
-        if self.rank == 0: self._require_room(rows)
+        if self.rank == 0: _require_room(self, rows)
         print(precision_text(*first_fit(rows, self.gpu)))
-
-    def _require_room(self, rows):
-        "Raise if full fine-tuning does not fit with any switch"
-        from t2v_turbo.plan import GB, RESERVE
-        least = min(p.total for _, p in rows) / GB + RESERVE
-        if least > self.gpu: raise UserError(
-            f"rank 0 trains every weight of {self.teacher}, which takes {least:.1f} GB and not "
-            f"{self.gpu:g}: give a LoRA rank such as --rank 32")
 
 # %% ../nbs/69_preparing.ipynb #c1d8bf18
 @dataclass(frozen=True)

@@ -206,8 +206,8 @@ def main(argv=None):
         write_json(HELD, {n: held[n] for n in RECIPES if n in held})
     if old := stale(held): sys.exit(f"{', '.join(old)} changed: run python tools/recipes.py --predict")
     text = page(held)
-    if a.check: sys.exit(PAGE.read_text(encoding="utf-8") != text and "nbs/tutorials/recipes.ipynb is not of today: run python tools/recipes.py")
-    PAGE.write_text(text, encoding="utf-8")
+    if not a.check: PAGE.write_text(text, encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != text: sys.exit("nbs/tutorials/recipes.ipynb is not of today: run python tools/recipes.py")
 
 
 if __name__ == "__main__": main()
