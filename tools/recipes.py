@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from t2v_turbo.files import write_json
-from t2v_turbo.recipes import GPUS, PAPER, RECIPES, setup_of
+from t2v_turbo.recipes import GPUS, PAPER, RECIPES, recipe_table, setup_of
 from t2v_turbo.teachers.folders import DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,21 +173,33 @@ the step at full size on a device without memory. Full fine-tuning (`full` in th
 sheet gives for half precision: an assumption, which reading and decoding clips, small layers and old drivers make worse. Cells that need a GPU are marked open."""
 
 
+BADGE = ("[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/t2v-turbo/t2v_turbo/blob/main/nbs/"
+         "tutorials/recipes.ipynb) · runs in ~1 s on a CPU")
+
+
 def cells(held):
     yield HEAD
-    yield INTRO + "\n\n" + overview(held)
+    yield INTRO + "\n\n" + BADGE + "\n\n" + overview(held)
     for kind in TEACHERS:
         yield teacher(kind, held)
         yield from (section(n, held) for n in of(kind))
         yield compared(kind)
+    yield "## All settings\n\nWhat each name stands for, as `t2v-turbo recipes` prints it."
     yield ("## Summary\n\nChoose the row of your GPU, try it with `--steps 2 --out runs/try` first, and then for real. [Which GPU](choosing.ipynb) compares teachers and "
            "rewards; [from prompts](from_prompts.ipynb) needs no clips.")
+
+
+def code(id, source, printed=""):
+    out = [dict(name="stdout", output_type="stream", text=printed.splitlines(True))] if printed else []
+    return dict(cell_type="code", execution_count=None, id=id, metadata={}, outputs=out, source=[source])
 
 
 def page(held):
     "The notebook as text, clean as `nbdev_clean` leaves it"
     made = [dict(cell_type="markdown", id=f"recipe{i:02}", metadata={}, source=s.splitlines(True)) for i, s in enumerate(cells(held))]
     like = json.loads((ROOT / "nbs/tutorials/choosing.ipynb").read_text(encoding="utf-8"))
+    made[2:2] = [like["cells"][2] | dict(id="recipe-install")]
+    made[-1:-1] = [code("recipe-import", "from t2v_turbo.recipes import recipe_table"), code("recipe-table", "print(recipe_table())", recipe_table() + "\n")]
     nb = dict(cells=made, metadata=like["metadata"], nbformat=4, nbformat_minor=5)
     return json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
 
