@@ -186,6 +186,8 @@ def from_prompts(cfg,           # a `Config`
 
     from t2v_turbo.teachers.folders import defaults_of
     if (source := _prompts_in(cfg)) is None: return cfg
+    if cfg.scale_x0: raise UserError("scale_x0 is for latents of real clips, and the data are "
+                                     "prompts: leave it out, or give clips")
     given = cfg.texts and (Path(cfg.texts) / "cache.json").is_file()
     texts, latents = cfg.texts if given else f"{cfg.out}/texts", f"{cfg.out}/latents"
     words = list(dict.fromkeys([*source.prompts, *also]))
