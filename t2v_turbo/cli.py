@@ -23,12 +23,12 @@ from .running import ABLATE, ABLATE_SETS
 # %% ../nbs/72_cli.ipynb #5fa8f302
 TRAINING = (("start from", "recipe config"),
             ("what to train on", "teacher teacher_lora variant fps scale_x0 frames height width "
-                                 "data texts missing mix workers"),
+                                 "data texts samples teacher_steps missing mix workers"),
             ("what is varied", "over alone seeds sample_steps jobs"),
             ("objective", "reward vocabulary k w_min w_max huber_c beta_img beta_vid shape "
                           "image_frames video_frames window match_official"),
-            ("optimisation", "steps batch accumulate lr lr_schedule rank optimizer ema clip seed "
-                             "max_skipped"),
+            ("optimisation", "steps batch accumulate lr lr_schedule warmup rank lora_dropout "
+                             "optimizer ema clip seed max_skipped"),
             ("memory", "dtype save_memory compile"),
             ("judging", "eval_every student_w student_steps clips_each prompts held_out reference "
                         "on_hacking patience repeats teacher_w"),

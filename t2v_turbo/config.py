@@ -21,9 +21,16 @@ from .optimizer import OPTIMIZERS
 from .rewards.names import missing_rewards, named_frames
 from .teachers.folders import defaults_of, in_tiny_world
 
+# %% ../nbs/52_config.ipynb #7edab42a
+class _Checked:
+    "Settings that are filled in and checked once they are given"
+    left = ()                  # names of settings filled in by the teacher; not an option
+
+    def __post_init__(self): typed(self); _fill_config(self); _check_config(self)
+
 # %% ../nbs/52_config.ipynb #0de0c395
 @dataclass(frozen=True)
-class Config:
+class Config(_Checked):
     "Settings of a training run; the objective is separate"
     out:str = "runs/turbo"     # output folder
     teacher:str = "tiny"       # `tiny`, `tiny-flow`, a folder with a teacher, or a hub id
@@ -44,8 +51,10 @@ class Config:
     batch:int = 8              # clips a step, over all processes together
     accumulate:int = 1         # pieces that each process splits its clips into
     lr:float = None            # AdamW's; plain CD of the tiny teacher needs 2e-4
-    lr_schedule:str = None     # constant, or linear to 0 at the last step
-    rank:int = None            # LoRA rank
+    lr_schedule:str = None     # constant; linear or cosine: to 0 after the last step
+    warmup:int = 0             # first steps, in which the learning rate rises linearly
+    rank:int = None            # LoRA rank; 0: no LoRA, every weight of the denoiser trains
+    lora_dropout:float = 0.    # of LoRA's outputs, as published: 0.1; 3-D convolutions have none
     dtype:str = "auto"         # of all frozen networks: float32, bfloat16, float16 or auto
     save_memory:str = ""       # any of denoiser, decode, rewards, separated by commas, or all
     optimizer:str = "adamw"    # or adamw8bit
@@ -60,10 +69,6 @@ class Config:
     max_skipped:int = 5        # steps in a row without a finite loss that end the run
     track:str = "tensorboard"  # tensorboard, wandb or trackio; empty: only log.jsonl
     objective:Objective = None # the loss to minimise
-
-    left = ()                  # names of settings filled in by the teacher; not an option
-
-    def __post_init__(self): typed(self); _fill_config(self); _check_config(self)
 
 # %% ../nbs/52_config.ipynb #f93e2f83
 def objective_of(teacher:str="tiny", # as in `Config`
@@ -87,17 +92,31 @@ def _fill_config(c):
     for n, v in found.items(): object.__setattr__(c, n, v)       # frozen otherwise
     object.__setattr__(c, "left", tuple(names))
 
+# %% ../nbs/52_config.ipynb #46563042
+def _check_rate(c):
+    "Raise `UserError` for an invalid learning rate, warm-up or dropout"
+    if not 0 < c.lr < math.inf: raise UserError(f"lr is {c.lr}: give a positive learning rate")
+    if c.warmup >= c.steps: raise UserError(
+        f"warmup is {c.warmup} but the run has {c.steps} steps: give fewer")
+    if not 0 <= c.lora_dropout < 1: raise UserError(
+        f"lora_dropout is {c.lora_dropout}: give a probability in [0, 1)")
+    if c.lora_dropout and not c.rank: raise UserError(
+        f"lora_dropout is {c.lora_dropout} but rank 0 trains without LoRA: leave it out")
+    if c.lora_dropout and c.compile: raise UserError(
+        f"lora_dropout is {c.lora_dropout}, whose masks cannot be compiled: leave out --compile")
+
+
 # %% ../nbs/52_config.ipynb #27b3da63
 CHOICES = dict(dtype=("float32", "bfloat16", "float16"), optimizer=OPTIMIZERS,
-               lr_schedule=("constant", "linear"), missing=("error", "skip"),
+               lr_schedule=("constant", "linear", "cosine"), missing=("error", "skip"),
                track=("tensorboard", "wandb", "trackio", ""))
 
 def _check_config(c):
     "Raise `UserError` for an invalid setting"
-    at_least(vars(c), steps=1, batch=1, accumulate=1, rank=1, workers=1, save_every=1,
-             max_skipped=1, mix=0)
+    at_least(vars(c), steps=1, batch=1, accumulate=1, rank=0, workers=1, save_every=1,
+             max_skipped=1, mix=0, warmup=0)
+    _check_rate(c)
     if not c.out: raise UserError("out is empty: give a path")
-    if not 0 < c.lr < math.inf: raise UserError(f"lr is {c.lr}: give a positive learning rate")
     if not c.clip > 0: raise UserError(f"clip is {c.clip}: give a positive norm; inf clips nothing")
     if not 0 <= c.seed < 2**40: raise UserError(f"seed is {c.seed}: give 0 to {2**40 - 1}")
     if not 0 <= c.ema < 1: raise UserError(f"ema is {c.ema}: give a decay in [0, 1)")
@@ -111,11 +130,14 @@ def _check_config(c):
                         "give nothing")
 
 # %% ../nbs/52_config.ipynb #3c7b8a16
-def lr_at(cfg:Config, # with `lr`, `lr_schedule` and `steps`
+def lr_at(cfg:Config, # with `lr`, `lr_schedule`, `warmup` and `steps`
           step:int,   # finished steps
          )->float:
     "Return the learning rate of the next step"
-    return cfg.lr * (1 - step / cfg.steps) if cfg.lr_schedule == "linear" else cfg.lr
+    if step < cfg.warmup: return cfg.lr * (step + 1) / (cfg.warmup + 1)
+    x = (step - cfg.warmup) / (cfg.steps - cfg.warmup)           # from 0 to 1
+    shapes = dict(constant=1., linear=1 - x, cosine=(1 + math.cos(math.pi * x)) / 2)
+    return cfg.lr * shapes[cfg.lr_schedule]
 
 # %% ../nbs/52_config.ipynb #f77c1799
 def _set(o, left=()):
@@ -191,11 +213,11 @@ def saved_settings(state:dict,      # a checkpoint
                    frames:int|None, # the video reward's default; `None`: given as a number
                   )->dict:          # as `asdict` of a `Config`
     "Return the settings of a checkpoint, with values from before they became options"
-    saved = state["config"]
-    if state.get("format", 1) == FORMAT: return saved
+    now, saved = {f.name: f.default for f in fields(Config)}, state["config"]
+    if state.get("format", 1) == FORMAT: return now | saved
     objective = dict(window=0) | saved["objective"]
     if frames == objective["video_frames"]: objective["video_frames"] = 0     # 0 is now the default
-    return dict(lr_schedule="linear", mix=0) | saved | dict(objective=objective)
+    return now | dict(lr_schedule="linear") | saved | dict(objective=objective)
 
 def other_settings(cfg:Config, # of the run that resumes
                    saved:dict, # of its checkpoint

@@ -26,7 +26,9 @@ from transformers import (BlipTextConfig, BlipVisionConfig, CLIPConfig, CLIPMode
 from .consistency import w_embedding
 from .core import make_gen
 from .distill import Distillation, Objective, draw
+from .dropout import LoRADropout
 from .files import UserError
+from .full import make_student
 from .memory import SAVINGS, save_memory
 from .meter import Meter
 from .optimizer import OPTIMIZERS
@@ -38,7 +40,6 @@ from .rewards.names import kind_of_reward, options_of, parse_reward, reward_name
 from .rewards.viclip import viclip_full
 from .rewards.videoprism import checkpointing, videoprism_full
 from .solver import TeacherAnswer
-from .student import Student
 from .teachers.base import Teacher
 from .teachers.folders import DEFAULTS, Defaults, defaults_of, load_teacher, teacher_class
 from .teachers.loading import check_size, check_whole
@@ -290,8 +291,9 @@ def plan_of(model:Distillation,  # on any device, usually on `meta`
            )->Plan:
     "Measure the memory of a step of this model"
     teacher, m = model.student.teacher, metered(model, batch, cached)
+    copied = getattr(model.student, "frozen", None)                # of full fine-tuning
     params = list(model.student.trainable().values())
-    parts = dict(denoiser=weights_of(teacher.denoiser) - bytes_of(params),
+    parts = dict(denoiser=weights_of(teacher.denoiser) - bytes_of(params) + weights_of(copied),
                  adapters=bytes_of(params),
                  vae=weights_of(teacher.vae),
                  text=0 if cached else weights_of(teacher.text_encoder),
@@ -314,7 +316,8 @@ class Setup:
     save_rewards:bool = True    # see `save_reward`
     cached:str = ""             # see `plan_of`
     optimizer:str = "adamw"     # of `make_optimizer`
-    rank:int|None = None        # of LoRA; the teacher's own if `None`
+    rank:int|None = None        # of LoRA; 0: every weight trains; the teacher's own if `None`
+    lora_dropout:float = 0.     # see `LoRADropout`
     image_frames:int|None = None # that the image reward sees; the teacher's own if `None`
 
     def __post_init__(self):
@@ -338,9 +341,11 @@ def predict(s:Setup, # names and sizes alone
     image, video = _rewards_on_meta(s, own)
     cfg = Objective(beta_img=float(image is not None), beta_vid=float(video is not None),
                     image_frames=s.image_frames or own.image_frames)
-    student = Student(teacher_on_meta(s.teacher, s.frames, s.size, s.dtype), s.rank or own.rank)
+    teacher = teacher_on_meta(s.teacher, s.frames, s.size, s.dtype)
+    student = make_student(teacher, own.rank if s.rank is None else s.rank)
     save_memory(student.teacher, s.denoiser, s.decode)
-    return plan_of(Distillation(student, cfg, image, video), s.batch, s.optimizer, s.cached)
+    with LoRADropout(student, s.lora_dropout).clips([0] * s.batch):
+        return plan_of(Distillation(student, cfg, image, video), s.batch, s.optimizer, s.cached)
 
 # %% ../nbs/54_plan.ipynb #52226129
 SWITCHES = (("everything in float32, kept", dict(dtype=torch.float32, denoiser=False, decode=0,

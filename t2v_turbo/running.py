@@ -20,12 +20,14 @@ from .recipes import note_settings
 class DistillOptions:
     "Options of `distill` besides training"
     match_official:bool = False # raw rewards, weighted as in the published run on 8 GPUs
+    samples:int = 0       # latents out of prompts as data, in all; 0: one of each prompt
+    teacher_steps:int = 50 # DDIM steps of the teacher for these latents
     repeats:int = 2       # clips per held-out prompt in the final table
     teacher_w:float|None = None # guidance of the 50-step teacher in the table, 0 is none
 
     def __post_init__(self):
         typed(self)
-        at_least(vars(self), repeats=1)
+        at_least(vars(self), repeats=1, samples=0, teacher_steps=1)
         if self.teacher_w is not None and not 0 <= self.teacher_w < math.inf:
             raise UserError(f"teacher_w is {self.teacher_w}: give a number from 0 on")
 
@@ -69,6 +71,16 @@ def for_ablate(values:dict, # name: value
     from t2v_turbo.ablate import AblateOptions
     return _settings(AblateOptions, values)
 
+# %% ../nbs/71_running.ipynb #eb955f8f
+def _with_clips(cfg, extra, looks):
+    "Make the clips of a run whose data is a list of prompts; other data stays"
+    from t2v_turbo.config import check_rewards
+    from t2v_turbo.preparing import from_prompts
+    from t2v_turbo.data.tables import read_prompts
+    check_rewards(cfg)                           # before hours of sampling
+    also = read_prompts(looks.prompts) if looks.prompts else ()
+    return from_prompts(cfg, extra.samples, extra.teacher_steps, tuple(also))
+
 # %% ../nbs/71_running.ipynb #d334b80a
 def distill(cfg=None,     # a `train.Config`
             extra=None,   # `DistillOptions`
@@ -84,8 +96,9 @@ def distill(cfg=None,     # a `train.Config`
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()
     given = cfg
     if extra.match_official: cfg = replace(cfg, objective=cfg.objective.as_published())
-    every = look_every(cfg, looks)               # these three lines raise on bad input
-    trainer = Trainer(cfg)                       # before the folder is touched
+    every = look_every(cfg, looks)               # these lines raise on bad input
+    cfg = _with_clips(cfg, extra, looks)         # before the folder is touched
+    trainer = Trainer(cfg)
     main, prompts = trainer.accelerator.is_main_process, []
     if every: prompts = look_prompts(trainer, looks)
     if main and looks.held_out in REWARD_KINDS:

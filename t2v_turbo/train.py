@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from .checkpoints import CannotSave, Checkpoints, Stopped, stop_signals
 from .config import (FORMAT, Config, check_format, check_rewards, lr_at, other_settings,
                               saved_settings, warn_of_words)
-from .core import step_gen
+from .core import step_gen, step_seed
 from .data.cache import TextCache, open_cache, open_texts
 from .data.recipes import prompts_of
 from .data.sources import Prefetch, open_source
 from .distill import Distillation, Objective, StepOut, draw
+from .dropout import LoRADropout
 from .engines import choose_engine
 from .files import UserError, atomic, write_json
+from .full import check_full, make_student
 from .identity import differing, reward_identity, same_teacher, teacher_identity
 from .memory import save_memory, savings_of
 from .meter import peak_gb
@@ -38,7 +40,6 @@ from .optimizer import compile_denoiser
 from .rewards.names import options_of, parse_reward, rewards_from
 from .rewards.tiny import TinyReward
 from .saved import sampling_of, save_student, student_tensors
-from .student import Student
 from .teachers.folders import load_teacher
 
 # %% ../nbs/53_train.ipynb #f4322f9e
@@ -71,7 +72,8 @@ class Trainer:
         with self.together(): self.source = self._source(teacher)
         self.identity = dict(teacher=teacher_identity(teacher))
         self.contexts = self._contexts(teacher)
-        self.student = Student(teacher, cfg.rank, cfg.seed)
+        self.student = make_student(teacher, cfg.rank, cfg.seed)
+        self.dropout = LoRADropout(self.student, cfg.lora_dropout)
         self.student.sampling = sampling_of(cfg.objective, teacher)
         self.model = self._model(image_reward, video_reward)
         for n, reward in (("image", self.model.image_reward), ("video", self.model.video_reward)):
@@ -142,12 +144,18 @@ def _lighten(teacher, cfg):
 @patch
 def _teacher(self:Trainer):
     "Load the teacher"
-    cfg = self.cfg
+    cfg, device = self.cfg, self.accelerator.device
+    if self.engine.sharded and not cfg.rank: raise UserError(
+        "rank 0 trains every weight beside a frozen copy, which FSDP does not shard: give a LoRA "
+        "rank such as --rank 32, or configs/ddp.yaml")
     size = (cfg.height, cfg.width) if cfg.height or cfg.width else None
     more = dict(variant=cfg.variant) if cfg.variant else {}
-    return load_teacher(cfg.teacher, bool(cfg.scale_x0), getattr(torch, cfg.dtype), **more,
-                        frames=cfg.frames or None, size=size, fps=cfg.fps or None,
-                        teacher_lora=cfg.teacher_lora)
+    teacher = load_teacher(cfg.teacher, bool(cfg.scale_x0), getattr(torch, cfg.dtype), **more,
+                           frames=cfg.frames or None, size=size, fps=cfg.fps or None,
+                           teacher_lora=cfg.teacher_lora)
+    if device.type == "cuda" and not cfg.rank:
+        check_full(teacher, torch.cuda.get_device_properties(device).total_memory)
+    return teacher
 
 # %% ../nbs/53_train.ipynb #58bffff5
 @patch
@@ -220,10 +228,11 @@ def backward(self:Trainer,
     x, prompts = read or self.source.batch(self.step, cfg.batch, self.rows)
     shape = (cfg.batch, *self.student.teacher.latent_shape)
     d = draw(cfg.objective, shape, step_gen(cfg.seed, self.step, "noise")).rows(self.rows)
+    seeds = [step_seed(cfg.seed, self.step, f"clip {i}") for i in range(cfg.batch)][self.rows]
     n, got = len(prompts) // cfg.accumulate, []
     for i in range(0, len(prompts), n):
         piece = slice(i, i + n)
-        with engine.piece(last=i + n >= len(prompts)):
+        with engine.piece(last=i + n >= len(prompts)), self.dropout.clips(seeds[piece]):
             out = self.terms(x[piece], prompts[piece], d.rows(piece))
             good = engine.backward(out.loss, cfg.accumulate)
         means = torch.stack([getattr(out, k).detach().mean() for k in TERMS])

@@ -64,7 +64,9 @@ def test_the_command_and_python_train_alike(at, kind):
 
 
 @pytest.mark.parametrize("option, value, says", [("out", "", "out is empty"), ("w_max", "inf", "w range .1.0, inf. is empty, negative or infinite"),
-                                                 ("huber_c", "nan", "huber_c is nan"), ("huber_c", "-1", "huber_c is -1"), ("huber_c", "0", "huber_c is 0")])
+                                                 ("huber_c", "nan", "huber_c is nan"), ("huber_c", "-1", "huber_c is -1"), ("huber_c", "0", "huber_c is 0"),
+                                                 ("warmup", "500", "warmup is 500 but the run has 500 steps"), ("warmup", "-1", "warmup is -1"), ("rank", "-1", "rank is -1"),
+                                                 ("lora_dropout", "1", "give a probability in"), ("lora_dropout", "nan", "give a probability in")])
 def test_settings_that_cannot_be_meant(option, value, says):
     with pytest.raises(UserError, match=says): told(f"--{option}", value)
 

@@ -23,6 +23,7 @@ from t2v_turbo.consistency import few_step_grid, w_embedding
 from t2v_turbo.core import make_gen
 from t2v_turbo.export import export_lora, export_stock, fold_w
 from t2v_turbo.files import UserError
+from t2v_turbo.full import make_student
 from t2v_turbo.pipeline import T2VTurboPipeline
 from t2v_turbo.saved import load_student, save_student
 from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2, tiny_wan
@@ -61,6 +62,25 @@ def pipe(request, folders):
     pipe = T2VTurboPipeline.from_student(shaken(load_teacher(folders[request.param], **more)), 7.5)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def test_a_student_without_lora_is_exported_like_any_other(folders, tmp_path):
+    "Saved, read for sampling, and as a stock folder: the frames of the student in training"
+    student, gen = make_student(load_teacher(folders["ms"], frames=3), 0), make_gen(0)
+    with torch.no_grad():
+        for p in student.trainable().values(): p.add_(.05*torch.randn(p.shape, generator=gen))
+    save_student(student, tmp_path/"s")
+    pipe = T2VTurboPipeline.from_pretrained(tmp_path/"s")
+    pipe.set_progress_bar_config(disable=True)
+    assert all(torch.equal(p, q) for p, q in zip(pipe.denoiser.parameters(), student.merged().parameters()))
+    stock = TextToVideoSDPipeline.from_pretrained(export_stock(pipe, tmp_path/"stock", w=7.5))
+    z, t = torch.randn(1, *student.teacher.latent_shape, generator=gen), torch.tensor([999])
+    ctx = student.teacher.encode_text(["a panda dances"])
+    with torch.no_grad():
+        got = stock.unet(z, t, ctx).sample
+        near(got, student.teacher.denoiser(z, t, ctx, timestep_cond=w_embedding(torch.tensor([7.5]))).sample)
+    half = T2VTurboPipeline.from_pretrained(tmp_path/"s", dtype="bfloat16")
+    assert {p.dtype for p in half.denoiser.parameters()} == {torch.bfloat16}
 
 
 class Frames:

@@ -1,19 +1,33 @@
 "Settings by name and settings of an earlier run: what the user gives wins, and no run is written over"
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from t2v_turbo import ablate as grids
 from t2v_turbo import running
 from t2v_turbo.cli import VERBS, main, read
+from t2v_turbo.core import write_video
 from t2v_turbo.files import UserError, write_json
 from t2v_turbo.options import options_of
-from t2v_turbo.recipes import RECIPES, left_to_teacher
+from t2v_turbo.plan import GB, RESERVE, predict
+from t2v_turbo.recipes import GPUS, RECIPES, left_to_teacher, setup_of
 from t2v_turbo.running import read_config
+from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2, tiny_wan
 from t2v_turbo.teachers.folders import DEFAULTS
+from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2
+from t2v_turbo.teachers.wan import save_wan
 from t2v_turbo.train import Config
+from t2v_turbo.world import World
 
+ROOT = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("tools_recipes", ROOT / "tools/recipes.py")
+pages = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pages)
+HELD = json.loads(pages.HELD.read_text(encoding="utf-8"))
 OPTIONS = {v.name: {o.name: o for o in options_of(v)} for v in VERBS}
 FEW = "--steps 2 --batch 1 --rank 2 --repeats 1 --eval_every 0 --track".split() + [""]
 
@@ -48,7 +62,8 @@ def test_what_the_user_gives_wins():
 def test_recipe_and_teacher_together_are_the_command_of_the_tutorial(name, kind, flags):
     s = RECIPES[name].settings
     assert {k: getattr(DEFAULTS[kind], k) for k in flags} == flags and not flags.keys() & s.keys()
-    assert (s["shape"], s["image_frames"], s["video_frames"], s["batch"], s["steps"], s["eval_every"], s["dtype"]) == ("raw", 6, 8, 8, 10000, 0, "bfloat16")
+    assert (s["shape"], s["image_frames"], s["video_frames"], s["batch"], s["steps"], s["eval_every"], s["lora_dropout"]) == ("raw", 6, 8, 8, 10000, 0, .1)
+    assert s["dtype"] == ("float16" if RECIPES[name].gpu == 16 else "bfloat16")
 
 
 def test_the_list_of_recipes(capsys):
@@ -57,7 +72,99 @@ def test_the_list_of_recipes(capsys):
     with pytest.raises(SystemExit) as e: main(["distill", "--recipe", "list"])
     assert e.value.code == 0 and capsys.readouterr().out == table
     for name, r in RECIPES.items(): assert f"\n{name} " in "\n" + table and r.about in table
-    assert "--dtype bfloat16" in table and "--save_memory denoiser,decode" in table
+    assert "--dtype float16" in table and "--dtype bfloat16" in table and "--save_memory denoiser,decode" in table
+
+
+@pytest.mark.parametrize("name", [n for n, r in RECIPES.items() if r.gpu])
+def test_a_recipe_fits_its_gpu(name):
+    "By what was predicted for the page, of today's settings"
+    assert HELD[name]["total"] + RESERVE <= GPUS[RECIPES[name].gpu].memory
+    assert RECIPES[name].processes > 1 or name.endswith(f"-{RECIPES[name].gpu}gb")
+    assert pages.RESERVE == RESERVE and not pages.stale(HELD)
+
+
+@pytest.mark.parametrize("name", ["modelscope-16gb", "modelscope-full-48gb", "videocrafter2-16gb"])
+def test_the_predictor_says_so(name):
+    "With LoRA, without, and with caches; the others are as long, and are predicted again when their settings change"
+    p, held = predict(setup_of(name)), HELD[name]
+    assert p.total / GB == pytest.approx(held["total"], rel=.01) and p.highest == held["highest"]
+
+
+def test_what_has_no_recipe_does_not_fit():
+    assert HELD["wan-48gb"]["total"] - 1 + RESERVE > GPUS[24].memory and not {"wan-16gb", "wan-24gb"} & RECIPES.keys()
+    assert all(HELD[n]["total"] + RESERVE > GPUS[24].memory for n, r in RECIPES.items() if r.settings.get("rank") == 0)
+
+
+def test_the_page_is_of_today(tmp_path, monkeypatch):
+    text = pages.PAGE.read_text(encoding="utf-8")
+    pages.main(["--check"])
+    for n, r in RECIPES.items():
+        if r.gpu: assert f"### {n}" in text and f"{HELD[n]['total']:.1f} GB at its peak" in text and pages.command(n) in text
+    monkeypatch.setattr(pages, "PAGE", tmp_path / "p.ipynb")
+    (tmp_path / "p.ipynb").write_text(text.replace("| open |", "| 81 |"))
+    with pytest.raises(SystemExit, match="not of today"): pages.main(["--check"])
+    monkeypatch.setattr(pages, "stale", lambda held: ["wan-48gb"])
+    with pytest.raises(SystemExit, match="wan-48gb changed"): pages.main([])
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    "Teachers in the published layouts, clips and prompts"
+    at = tmp_path_factory.mktemp("layouts")
+    torch.save(dict(state_dict=tiny_videocrafter2()), at / "model.ckpt")
+    (at / "merges.txt").write_text("#version\np a\npa n\npan d\npand a</w>\na n\nan d</w>\n")
+    convert_videocrafter2(at / "model.ckpt", at / "videocrafter2", 16, at / "merges.txt")
+    tiny_modelscope(at / "modelscope")
+    save_wan(tiny_wan(), at / "wan")
+    (at / "clips").mkdir()
+    for i, (clip, caption) in enumerate(zip(*World("train", 0, 33, 32).batch(0, 2))):
+        write_video(at / f"clips/{i}.mp4", clip, 8)
+        (at / f"clips/{i}.txt").write_text(caption)
+    (at / "prompts.txt").write_text("a red circle moving left\na blue square moving up\n")
+    return at
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_steps_of_a_recipe_in_small(name, layouts, tmp_path):
+    "On its published layout with its own precision, switches and frames; the rewards of the tiny world stand in, and prompts for caches"
+    s, kind = RECIPES[name].settings, name.split("-")[0]
+    small = dict(modelscope=["--frames", 8], videocrafter2=["--frames", 8, "--height", 16, "--width", 16], wan=["--frames", 17, "--height", 32, "--width", 32], tiny=[])[kind]
+    data = [] if kind == "tiny" else ["--data", layouts / ("prompts.txt" if "data" in s else "clips"), "--teacher", layouts / kind, "--vocabulary", "",
+                                      "--reward", "tiny-image,tiny-video", "--accumulate", min(2, s["accumulate"])]
+    words = ["distill", "--recipe", name, *data, *small, "--steps", 2, "--batch", 2, "--teacher_steps", 2, "--track", "", "--eval_every", 0, "--out", tmp_path / "o"]
+    assert main([str(w) for w in words]) == 0
+    rows = [json.loads(l) for l in (tmp_path / "o/log.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(r["loss"] is not None and (kind == "tiny" or r["r_img"] and r["r_vid"]) for r in rows)
+    config = json.loads((tmp_path / "o/student/student.json").read_text())["about"]["config"]
+    assert {k: config[k] for k in ("lr", "lr_schedule")} == dict(lr=1e-3 if kind == "tiny" else 1e-5, lr_schedule="linear" if kind == "tiny" else "constant")
+    assert kind == "tiny" or (config["objective"]["image_frames"], config["objective"]["video_frames"], config["objective"]["shape"]) == (6, 8, "raw")
+
+
+def test_a_recipe_of_lora_refuses_full_fine_tuning(capsys, tmp_path):
+    told = sentence(capsys, "distill", "--recipe", "modelscope-16gb", "--rank", 0, "--out", tmp_path / "o")
+    assert told.endswith("was planned with LoRA, and full fine-tuning takes more memory: leave out --rank 0 or give --recipe modelscope-full-48gb")
+    assert sentence(capsys, "distill", "--recipe", "wan-48gb", "--rank", 0).endswith("more memory: leave out --rank 0")
+    assert values("distill", "--recipe", "modelscope-16gb", "--rank", 0, "--teacher", "tiny")["rank"] == 0
+    assert values("distill", "--recipe", "tiny", "--rank", 0)["rank"] == 0
+
+
+def test_prompts_alone(tmp_path, capsys):
+    "Teacher's samples, cached, then distilled by one command; again, it only goes on; other settings are one sentence"
+    (tmp_path / "p.txt").write_text("a red circle moving left\na blue square moving up\n")
+    words = ["distill", "--data", tmp_path / "p.txt", "--teacher_steps", 2, "--samples", 4, *FEW, "--out", tmp_path / "o"]
+    assert main(list(map(str, words))) == 0
+    made = {p: p.stat().st_mtime_ns for d in ("latents", "texts") for p in (tmp_path / "o" / d).iterdir()}
+    about = json.loads((tmp_path / "o/latents/cache.json").read_text())
+    assert (about["kind"], about["samples"], about["steps"], about["w"]) == ("samples", 4, 2, DEFAULTS["tiny"].guidance)
+    assert json.loads((tmp_path / "o/settings.json").read_text())["settings"]["data"] == str(tmp_path / "p.txt")
+    capsys.readouterr()
+    assert main(list(map(str, words))) == 0 and "resumed at step 2 of 2" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in made} == made
+    assert "was built with steps 2, not 3" in sentence(capsys, *words, "--teacher_steps", 3)
+    assert "a cache can grow, not shrink" in sentence(capsys, *words, "--samples", 3)
+    assert "samples is -1: give 0 or more" in sentence(capsys, "distill", "--data", tmp_path / "p.txt", "--samples", -1, "--out", tmp_path / "x")
+    told = sentence(capsys, "distill", "--data", tmp_path / "p.txt", "--teacher", tiny_modelscope(tmp_path / "ms"), "--out", tmp_path / "x")
+    assert "beta_img is 2" in told and not (tmp_path / "x").exists()                       # before anything is sampled
 
 
 def test_a_recipe_that_is_none(capsys, tmp_path):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
 import t2v_turbo.precision as precision
+from t2v_turbo import train
 from t2v_turbo.checkpoints import CannotSave
 from t2v_turbo.core import make_gen
 from t2v_turbo.data.build import build_cache
@@ -26,6 +28,7 @@ from t2v_turbo.data.cache import TextCache
 from t2v_turbo.data.sources import open_source
 from t2v_turbo.distill import Objective, draw
 from t2v_turbo.files import UserError
+from t2v_turbo.pipeline import T2VTurboPipeline, sample_student
 from t2v_turbo.saved import load_student
 from t2v_turbo.standins import tiny_modelscope, tiny_wan
 from t2v_turbo.teachers.base import Teacher
@@ -112,6 +115,67 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     assert [(r["model"], r["steps"], r["nfe"]) for r in rows] == [("teacher", 50, 100), ("cd", 4, 4), ("turbo", 4, 4)]
     for r in rows: assert {"seconds_per_video", "judges", "mean"} <= r.keys()
     assert "<video" in (tmp_path / "cut" / "report.html").read_text()
+
+
+def rows_of(out): return [json.loads(l) for l in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("more", [dict(lora_dropout=.1, lr_schedule="cosine", warmup=2, rank=4), dict(rank=0, lr_schedule="linear", ema=.5, lr=1e-4)], ids=["dropout", "full"])
+def test_stopped_and_resumed_to_the_bit(tmp_path, more):
+    "Dropout, schedules with a warm-up, and full fine-tuning: two steps and two more are four, in other pieces too"
+    cfg = Config(out=str(tmp_path / "a"), steps=4, batch=2, track="", **more)
+    for _ in Trainer(cfg).fit(): pass
+    def again(**new):
+        t = Trainer(replace(cfg, out=str(tmp_path / "b"), **new))
+        assert t.resume() or not (tmp_path / "b/checkpoints").exists()
+        return t
+    rows = again().fit(); next(rows); next(rows); rows.close()
+    for _ in (t := again()).fit(): pass
+    a, b = (load_file(next((tmp_path / d / "student").glob("*.safetensors"))) for d in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and len(a) == len(t.params)
+    assert [r["loss"] for r in rows_of(tmp_path / "a")] == [r["loss"] for r in rows_of(tmp_path / "b")]
+    with pytest.raises(UserError, match="made with other settings"):
+        Trainer(replace(cfg, out=str(tmp_path / "b"), warmup=1)).resume()
+
+
+def test_dropout_drops_in_training_alone(tmp_path):
+    "Other masks in each step, the same in other pieces, none in samples; 0 is the run without"
+    def grads(p, pieces=1, step=0):
+        t = Trainer(Config(out=str(tmp_path), batch=4, rank=4, seed=3, accumulate=pieces, track="", lora_dropout=p, objective=Objective(beta_img=0., beta_vid=0.)))
+        with torch.no_grad():
+            for q in t.params: q.add_(.02 * torch.randn(q.shape, generator=make_gen(0)))
+        t.step = step
+        row, z = t.backward(read=t.source.batch(0, 4)), torch.zeros(1, *t.student.teacher.latent_shape)
+        ctx = t.student.teacher.encode_text(["a red circle moving left"])
+        return row["loss"], torch.cat([q.grad.flatten() for q in t.params]), t.student(z + 1, torch.tensor([500]), ctx, torch.ones(1)).detach()
+    (l0, g0, x0), (l1, g1, x1), (l2, g2, _), (l3, _, _) = grads(0.), grads(.1), grads(.1, 2), grads(.1, step=1)
+    assert l0 != l1 and l1 != l3 and torch.equal(x0, x1)
+    assert abs(l1 - l2) < 1e-5 and (g1 - g2).norm() < 1e-4 * g1.norm() and (g1 - g0).norm() > 1e-3 * g0.norm()
+
+
+def test_a_full_student_leaves_its_folder_as_any_other(tmp_path):
+    "Saved, loaded, judged against its own teacher and sampled as a pipeline"
+    t = Trainer(Config(out=str(tmp_path / "o"), steps=1, batch=2, rank=0, lr=1e-4, track=""))
+    before = {n: p.clone() for n, p in t.student.frozen.state_dict().items()}
+    for row in t.fit(): assert row["grad_norm"] > 0
+    assert all(torch.equal(p, before[n]) for n, p in t.student.frozen.state_dict().items())
+    assert sorted(p.name for p in (tmp_path / "o/student").iterdir()) == ["denoiser.safetensors", "student.json"]
+    pipe = T2VTurboPipeline.from_pretrained(tmp_path / "o/student")
+    pipe.set_progress_bar_config(disable=True)
+    want = sample_student(t.student, ["a red circle moving left"], make_gen(1))
+    got = pipe("a red circle moving left", generator=make_gen(1), output_type="pt").frames
+    torch.testing.assert_close(got.movedim(1, 2), want, rtol=1e-3, atol=1e-3)
+    pipe.save_pretrained(tmp_path / "pipe")
+    again = T2VTurboPipeline.from_pretrained(tmp_path / "pipe")
+    assert all(torch.equal(p, q) for p, q in zip(again.denoiser.parameters(), pipe.denoiser.parameters()))
+
+
+def test_full_fine_tuning_that_cannot_be(tmp_path, monkeypatch):
+    "Sharded, or on a GPU that is too small: one sentence, and no folder"
+    engine = train.choose_engine(str(tmp_path / "o"))
+    monkeypatch.setattr(type(engine), "sharded", True)
+    with pytest.raises(UserError, match="which FSDP does not shard: give a LoRA rank"): Trainer(Config(out=str(tmp_path / "o"), rank=0, track=""))
+    assert not (tmp_path / "o").exists()
 
 
 def test_unshareable_batch_is_refused(tmp_path):

@@ -280,6 +280,20 @@ def test_my_own_model(tmp_path, published):
     assert (tmp_path / "mine-4-steps/transformer").is_dir()
     assert {f.name for n in ("lora", "comfyui") for f in (tmp_path / f"mine-{n}").iterdir()} == {
         "about.json", "scheduler", "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"}
+def test_from_prompts_alone(tmp_path, published):
+    "The recipe's own teacher, fetched by the command from an empty cache"
+    (tmp_path / "prompts.txt").write_text("a panda dances\nwaves at dusk\n")
+    vocabulary(tmp_path / "open_clip_torch-0-py3-none-any.whl")
+    small = {k: v for k, v in REAL.items() if k != "save_memory"} | dict(accumulate=2, teacher_steps=2, track="")
+    first = next(c for p, k, c in COMMANDS if p == "from_prompts" and k == "cell" and " distill " in c)
+    with hub.serve(published) as server:
+        env = hub.environment(server, tmp_path / "cache", HF_HUB_OFFLINE="0")
+        python = f"{shlex.quote(sys.executable)} -m t2v_turbo.cli"
+        paste(first.replace("t2v-turbo", python, 1), tmp_path, env, **small)
+        assert any("unet" in f for f in server.fetched())
+        paste(on("from_prompts", "t2v-turbo sample").replace("t2v-turbo", python, 1), tmp_path, env, dtype="float32")
+    assert (tmp_path / "runs/ms/student/student.json").is_file() and len(list((tmp_path / "videos").iterdir())) == 1
+    assert json.loads((tmp_path / "runs/ms/latents/cache.json").read_text())["kind"] == "samples"
 
 
 def test_videocrafter2_on_two_processes(tmp_path, published):
