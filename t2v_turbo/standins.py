@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['TINY', 'tiny_modelscope', 'vc2_sizes', 'vc2_shapes', 'random_videocrafter2', 'tiny_videocrafter2', 'letter_tokenizer',
-           'tiny_wan', 'small_teacher', 'tiny_clip', 'tiny_imagereward', 'tiny_viclip', 'tiny_internvideo2',
-           'tiny_videoprism']
+           'tiny_wan', 'tiny_clip', 'tiny_imagereward', 'tiny_viclip', 'tiny_internvideo2', 'tiny_videoprism']
 
 # %% ../nbs/34_standins.ipynb #bc53217d
 import math
-import tempfile
 from pathlib import Path
 
 import torch
@@ -26,9 +24,9 @@ from .rewards.internvideo2 import INTERNVIDEO2, InternVideo2, Sizes, internvideo
 from .rewards.viclip import VICLIP_L, ViCLIP, viclip_table
 from .rewards.videoprism import stock
 from .teachers.loading import save_parts
-from .teachers.videocrafter2 import (PREFIXES, convert_videocrafter2, stock_network,
-                                              text_table, unet_table, vae_table, vc2_scheduler)
-from .teachers.wan import WanTeacher, flow_scheduler, guided_wan, save_wan
+from .teachers.videocrafter2 import (PREFIXES, stock_network, text_table, unet_table,
+                                              vae_table, vc2_scheduler)
+from .teachers.wan import WanTeacher, flow_scheduler, guided_wan
 from .text import clip_tokenizer
 from .weights import published, wanted
 
@@ -136,20 +134,6 @@ def tiny_wan(seed:int=0,        # seed of the weights
                                            num_heads=4))
     return WanTeacher("tiny-wan", guided_wan(net), vae, text, letter_tokenizer(), flow_scheduler(),
                       frames, 16, size, tokens)
-
-# %% ../nbs/34_standins.ipynb #b5a0c181
-def small_teacher(network:str,     # class of its denoiser; another than Wan's: a UNet
-                  folder:str|Path, # the new folder
-                  vc2:bool=False,  # VideoCrafter2's layout instead of ModelScopeT2V's
-                 )->Path:          # `folder`
-    "Write a small random teacher of a published class, as `load_teacher` reads it"
-    if network == "WanTransformer3DModel": return save_wan(tiny_wan(), folder)
-    if not vc2: return tiny_modelscope(folder)
-    with tempfile.TemporaryDirectory() as tmp:
-        words, file = Path(tmp)/"merges.txt", Path(tmp)/"model.ckpt"
-        torch.save(dict(state_dict=tiny_videocrafter2()), file)
-        words.write_text("#version\np a\npa n\npan d\npand a</w>\na n\nan d</w>\n")
-        return convert_videocrafter2(file, folder, 16, words)
 
 # %% ../nbs/34_standins.ipynb #a79a0da7
 def tiny_clip(seed:int=0,   # of the weights
