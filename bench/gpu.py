@@ -3,7 +3,7 @@
     python bench/gpu.py                          # all rows; run it again to resume, --again KEY measures a row anew
     python bench/gpu.py --rows modelscope        # rows whose key holds a word, or whole keys
     python bench/gpu.py --list                   # keys of the rows
-    python bench/gpu.py --small --rows train     # the same code on small networks; runs on a CPU
+    python bench/gpu.py --small --rows train     # the same code on small networks; runs on a CPU, in float32 there
     python bench/gpu.py --json gpu.json          # rows as json, and as a table in gpu.md beside it
 
 This script has not run on a GPU yet: there was none where it was written. `--small` runs in the tests.
@@ -196,12 +196,12 @@ def timed(run, device, repeats, warm=1):
 
 def train_row(name, dtype, compiled, a, device, folder):
     "One recipe: an optimiser step, and what `plan` predicts of it"
-    given, s = settings_of(name, dtype, compiled)
+    given, s = settings_of(name, dtype if device == "cuda" else "float32", compiled)
     data = s.get("data", "")
     kind = next((k for k in ("latents", "pairs") if k in data), "clips")
     with tempfile.TemporaryDirectory() as out:
         cfg = Config(out=out, teacher="tiny", **given)
-        if a.small: cfg = replace(cfg, rank=min(cfg.rank, 4), batch=2*min(cfg.accumulate, 2), accumulate=min(cfg.accumulate, 2))
+        if a.small: cfg = replace(cfg, rank=min(cfg.rank, 4), batch=min(cfg.accumulate, 2), accumulate=min(cfg.accumulate, 2))
         made = networks(name, given, s, "cpu" if a.small else "meta", a.small, folder)
         plan = memory_of(Counted(replace(cfg, compile=0), made, kind, "texts" in s))
         del made
@@ -229,7 +229,7 @@ def published_row(teacher, a, device):
 def sample_row(teacher, dtype, a, device, folder):
     "One clip of the teacher, guided, and one of a student"
     name = next(r for r in recipes() if teacher_of(r) == teacher)
-    given, s = settings_of(name, dtype, False)
+    given, s = settings_of(name, dtype if device == "cuda" else "float32", False)
     made, *_ = networks(name, given | dict(save_memory=""), s | dict(reward="tiny-image"), device, a.small, folder)
     steps, w = a.teacher_steps, planned_defaults(teacher).guidance
     seconds, peak = timed(lambda: sample_teacher(made, ["a prompt"], make_gen(0), steps, w), device, a.repeats)
