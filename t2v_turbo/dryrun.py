@@ -103,10 +103,6 @@ class Rehearsal(Trainer):
         self.away["teacher"] = name
         return teacher_in_sizes(self.cfg)
 
-    def _model(self, image_reward, video_reward):
-        with replaced.object(names, "reward_named", self.reward):
-            return super()._model(image_reward, video_reward)
-
     def _ready(self):
         saved = savings_of(self.cfg.save_memory)
         save_memory(self.student.teacher, "denoiser" in saved, int("decode" in saved))
@@ -136,6 +132,13 @@ def reward(self:Rehearsal,
     if made is not None: return made
     return reward_on_meta(name, options.get("dtype", torch.float32),
                           "rewards" in savings_of(self.cfg.save_memory))
+
+# %% ../nbs/68b_dryrun.ipynb #cdc669a4
+@patch
+def _model(self:Rehearsal, image_reward, video_reward):
+    "Join student and rewards, each loaded by `reward`"
+    with replaced.object(names, "reward_named", self.reward):
+        return Trainer._model(self, image_reward, video_reward)
 
 @patch
 def _merges(self:Rehearsal, vocabulary):
@@ -188,6 +191,7 @@ def memory_of(true:Rehearsal, # used up: its model loses its values
     if cfg.ema: plan.weights["ema"] = bytes_of(params)
     return plan
 
+# %% ../nbs/68b_dryrun.ipynb #50222dcc
 def room_of(device:torch.device, # of a run
            )->int:               # bytes; 0: unknown
     "Return the memory of a GPU"
