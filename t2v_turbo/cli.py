@@ -21,7 +21,7 @@ from .recipes import STARTS, chosen
 from .running import ABLATE, ABLATE_SETS
 
 # %% ../nbs/72_cli.ipynb #5fa8f302
-TRAINING = (("start from", "recipe config"),
+TRAINING = (("start from", "recipe config dry_run"),
             ("what to train on", "teacher teacher_lora variant fps scale_x0 frames height width "
                                  "data texts samples teacher_steps missing mix workers"),
             ("what is varied", "over alone seeds sample_steps jobs"),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'LORA_NAMES', 'split_name', 'nearest', 'weight_sets', 'pick', 'components', 'wanted', 'status_of', 'refused',
-           'in_words', 'cached', 'read_index', 'lacking', 'bars', 'amount', 'commit_of', 'fetch_folder', 'fetch_file',
-           'lora_files']
+           'in_words', 'Unreached', 'unreached', 'offline', 'cached', 'read_index', 'lacking', 'bars', 'amount',
+           'commit_of', 'fetch_folder', 'fetch_file', 'lora_files']
 
 # %% ../nbs/14_hub.ipynb #b4f33566
 import difflib
@@ -17,6 +17,7 @@ import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch as replaced
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
@@ -146,6 +147,27 @@ def in_words(e:Exception, # raised by huggingface_hub
     return (f"{name!r} is not in the cache, and the hub cannot be reached ({why}): connect once, "
             "or give the path of a copy")
 
+# %% ../nbs/14_hub.ipynb #ff2b49e6
+class Unreached(UserError):
+    "The hub cannot be reached, and its cache lacks what was requested"
+    def __init__(self,
+                 text:str, # one sentence
+                 name:str, # of a repository or a file on the hub
+                ):
+        super().__init__(text)
+        self.name = name
+
+def unreached(e:BaseException, # perhaps raised while handling an `Unreached`
+             )->str|None:      # a name on the hub; `None` for any other error
+    "Return what could not be fetched, if an error was raised for that reason"
+    while e and not isinstance(e, Unreached): e = e.__cause__ or e.__context__
+    return e and e.name
+
+@contextmanager
+def offline():
+    "Reach no hub within this context; only its cache is read"
+    with replaced.object(constants, "HF_HUB_OFFLINE", True): yield
+
 # %% ../nbs/14_hub.ipynb #81236d5a
 def _at(repo): return Path(constants.HF_HUB_CACHE)/f"models--{repo.replace('/', '--')}"
 
@@ -212,7 +234,7 @@ def _ask(name, get):
     except Exception as e:
         if refused(e): raise UserError(in_words(e, name)) from None
         repo, revision = split_name(name)
-        if cached(repo, revision) is None: raise UserError(in_words(e, name)) from None
+        if cached(repo, revision) is None: raise Unreached(in_words(e, name), name) from None
 
 def commit_of(name:str, # `owner/name` or `owner/name@revision`
              )->str:    # 40 hex digits
@@ -263,8 +285,8 @@ def fetch_folder(name:str,     # `owner/name` or `owner/name@revision`
     if info is None:                                     # offline: use a complete cache
         at = cached(repo, revision)
         if not weights or not (gone := lacking(at)): return at
-        raise UserError(f"the hub cannot be reached, and the cache has {name!r} without "
-                        f"{', '.join(gone)}: connect, and run it again")
+        raise Unreached(f"the hub cannot be reached, and the cache has {name!r} without "
+                        f"{', '.join(gone)}: connect, and run it again", name)
     sizes, parts = {s.rfilename: s.size or 0 for s in info.siblings}, None
     with _arriving(name):
         if "model_index.json" in sizes:
@@ -288,8 +310,8 @@ def fetch_file(name:str, # `owner/name/file`, or `owner/name@revision/file`
     info = _ask(whole, lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
     if info is None:
         if (at := cached(repo, revision)/file).is_file(): return at
-        raise UserError(f"the hub cannot be reached, and the cache has no {name!r}: connect, and "
-                        "run it again")
+        raise Unreached(f"the hub cannot be reached, and the cache has no {name!r}: connect, and "
+                        "run it again", name)
     sizes = {s.rfilename: s.size or 0 for s in info.siblings}
     if file not in sizes:
         raise UserError(f"{whole!r} has no file {file!r}{nearest(file, sizes)}: give one that is "

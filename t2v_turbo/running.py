@@ -8,6 +8,7 @@ __all__ = ['ABLATE', 'ABLATE_SETS', 'DistillOptions', 'weights_in_words', 'read_
 
 # %% ../nbs/71_running.ipynb #fcb1e772
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class DistillOptions:
     teacher_steps:int = 50 # DDIM steps of the teacher for these latents
     repeats:int = 2       # clips per held-out prompt in the final table
     teacher_w:float|None = None # guidance of the 50-step teacher in the table, 0 is none
+    dry_run:bool = False  # only check everything, and take two steps in small
 
     def __post_init__(self):
         typed(self)
@@ -56,9 +58,11 @@ def read_config(values:dict, # name: value, of `Config` and of `Objective`; othe
 
 def _settings(own, values):
     "Make the settings of a command that trains; `own`: its dataclass"
+    from t2v_turbo.hub import offline
     from t2v_turbo.watch import WatchOptions
     others = made(own, values), made(WatchOptions, values)
-    return read_config(values), *others
+    with offline() if values.get("dry_run") else nullcontext(): cfg = read_config(values)
+    return cfg, *others
 
 def for_distill(values:dict, # name: value
                )->tuple:     # arguments of `distill`
@@ -85,15 +89,17 @@ def _with_clips(cfg, extra, looks):
 def distill(cfg=None,     # a `train.Config`
             extra=None,   # `DistillOptions`
             looks=None,   # `watch.WatchOptions`
-           )->dict:       # rows, paths
+           )->dict:       # rows, paths; of a dry run {}
     "Train a student, judge it, and write its settings, `results.json` and `report.html`"
     from t2v_turbo.checkpoints import claim_together
     from t2v_turbo.config import warn_of_words
+    from t2v_turbo.dryrun import dry_run
     from t2v_turbo.rewards.names import reward_named
     from t2v_turbo.rewards.tiny import REWARD_KINDS
     from t2v_turbo.train import Config, Trainer
     from t2v_turbo.watch import WatchOptions, look_every, look_prompts
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()
+    if extra.dry_run: dry_run(cfg, extra, looks); return {}
     given = cfg
     if extra.match_official: cfg = replace(cfg, objective=cfg.objective.as_published())
     every = look_every(cfg, looks)               # these lines raise on bad input
@@ -206,6 +212,8 @@ def ablate(cfg,   # a `train.Config`; `out` is the folder of the ablation
           )->int: # 0
     "Train and judge a grid of students, and print the means over seeds"
     from t2v_turbo.ablate import ablate, ablation_table
+    from t2v_turbo.dryrun import dry_ablate
+    if o.dry_run: return dry_ablate(cfg, o, looks, ABLATE)
     out = Path(cfg.out)
     try: print(ablation_table(ablate(cfg, o, looks)))
     finally:                                   # `ablation.json` exists once settings are accepted

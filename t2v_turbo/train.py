@@ -78,8 +78,7 @@ class Trainer:
         self.model = self._model(image_reward, video_reward)
         for n, reward in (("image", self.model.image_reward), ("video", self.model.video_reward)):
             self.identity[f"{n} reward"] = reward_identity(reward)
-        _lighten(teacher, cfg)
-        self.engine.prepare(self.model, cfg.lr, cfg.ema)
+        self._ready()
 
 # %% ../nbs/53_train.ipynb #26099560
 @patch(as_prop=True)
@@ -130,7 +129,7 @@ def _contexts(self:Trainer, teacher):
     "Make contexts from the teacher, or from a cache of texts that replaces the text encoder"
     if not self.cfg.texts: return Contexts(teacher)
     contexts = Contexts(teacher, open_texts(self.cfg.texts, teacher))
-    for n in ("text_encoder", "tokens"): del self.identity["teacher"][n]
+    for n in ("text_encoder", "tokens"): self.identity["teacher"].pop(n, None)
     teacher.text_encoder, teacher.encode_text = nn.Module(), contexts     # looks encode, too
     return contexts
 
@@ -140,6 +139,12 @@ def _lighten(teacher, cfg):
     if saved := savings_of(cfg.save_memory):
         save_memory(teacher, "denoiser" in saved, int("decode" in saved))
     if cfg.compile: compile_denoiser(teacher)
+
+@patch
+def _ready(self:Trainer):
+    "Lighten the teacher, and give the model its device, optimiser, precision and EMA"
+    _lighten(self.student.teacher, self.cfg)
+    self.engine.prepare(self.model, self.cfg.lr, self.cfg.ema)
 
 @patch
 def _teacher(self:Trainer):

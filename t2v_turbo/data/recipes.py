@@ -61,7 +61,8 @@ def teacher_id(teacher:Teacher, # any teacher
                parts,           # names out of `PARTS`
               )->dict:          # {part: its identity}
     "Identify the parts of a teacher"
-    return {p: PARTS[p](teacher) for p in parts}
+    sizes = ("frames", "size", "fps")              # all that is known of a teacher without values
+    return {p: PARTS[p](teacher) for p in parts if p in sizes or teacher.device.type != "meta"}
 
 # %% ../../nbs/42_cache_recipes.ipynb #50fb7aa4
 def data_id(source, # prompts, or a source with a `fingerprint`
