@@ -70,7 +70,7 @@ def test_rate(tmp_path, capsys):
 
 
 def test_list(capsys, monkeypatch):
-    "Every name of the four tables, with what the tables know of it; the predictions themselves are made in notebook 70"
+    "Every name of the four tables, with what the tables know of it; the predictions themselves are made in notebook 77"
     from t2v_turbo import plan
     from t2v_turbo.names import STUDENTS, TEACHERS
     from t2v_turbo.recipes import RECIPES
