@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'OLD', 'UserError', 'at_least', 'kind_of', 'fitting', 'typed', 'is_rubbish', 'atomic', 'restore', 'sweep',
-           'write_json', 'blocked', 'read_text', 'text_lines']
+           'write_json', 'read_text', 'text_lines']
 
 # %% ../nbs/00_files.ipynb #c169590d
 import errno
@@ -138,18 +138,6 @@ def write_json(path, # the file to write
               ):
     "Write `obj` as indented JSON, whole or not at all"
     with atomic(path) as tmp: tmp.write_text(json.dumps(obj, indent=2) + "\n")
-
-# %% ../nbs/00_files.ipynb #b3926b23
-def blocked(folder, # that exists, or will be made
-           )->str:  # a reason; empty: it can be written
-    "Return why a folder cannot be written, without writing anything"
-    at = Path(folder).absolute()
-    if at.is_file(): return os.strerror(errno.EEXIST)
-    while not at.exists(): at = at.parent
-    if not at.is_dir(): return os.strerror(errno.ENOTDIR)
-    disk = os.statvfs(at) if hasattr(os, "statvfs") else None      # /proc and the like are no disks
-    if disk and (not disk.f_blocks or disk.f_flag & os.ST_RDONLY): return os.strerror(errno.EROFS)
-    return "" if os.access(at, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
 
 # %% ../nbs/00_files.ipynb #3eac57f9
 def read_text(path, # a text file
