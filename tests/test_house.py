@@ -287,6 +287,15 @@ def test_the_sidebar_is_in_the_order_of_numbers():
     assert shown == [p.name for p in numbered], "nbs/sidebar.yml does not list the numbered notebooks in their order"
 
 
+def test_the_parts_of_the_house_are_those_of_the_sidebar():
+    "CONTRIBUTING's table has the first and last number of each part"
+    bar = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    found = [[n[:2] for n in part["contents"] if isinstance(n, str) and n[:2].isdigit()] for part in bar]
+    found = [n[0] if len(n) == 1 else f"{n[0]}-{n[-1]}" for n in found if n]
+    table = re.findall(r"^\|[^|]+\| (\d\d(?:-\d\d)?) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.M)
+    assert table == found
+
+
 @each_module
 def test_module_can_be_read_in_one_sitting(py):
     lines = len(py.read_text(encoding="utf-8").splitlines())
