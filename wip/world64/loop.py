@@ -39,14 +39,14 @@ def train(net: nn.Module,
           folder: Path,        # of checkpoint `last.pt` and log `loss.jsonl`
           steps: int,          # in all, over all runs
           hours: float,        # of this run
-          lr: float,
+          opt: torch.optim.Optimizer,  # its groups' rates are multiplied by `factor`
           decay: float = .999,   # of the average of weights; less in the first steps
           save_every: float = 300,  # seconds
           per_step: int = 1,     # clips in a step, for the log
           ) -> dict:             # averaged weights by name
-    "Minimise with AdamW; go on from `last.pt` where there is one"
+    "Minimise; go on from `last.pt` where there is one"
     folder.mkdir(parents=True, exist_ok=True)
-    opt = torch.optim.AdamW(net.parameters(), lr=lr, betas=(.9, .99), weight_decay=.01, fused=True)
+    rates = [group["lr"] for group in opt.param_groups]
     ema = {n: p.detach().clone() for n, p in net.named_parameters()}
     first = 0
     if (folder / "last.pt").exists():
@@ -57,8 +57,8 @@ def train(net: nn.Module,
                              folder / "last.pt")
     over, saved, losses, cpu = clock(hours), time.monotonic(), [], time.process_time()
     for step in range(first, steps):
-        for group in opt.param_groups:
-            group["lr"] = lr * factor(step)
+        for group, rate in zip(opt.param_groups, rates):
+            group["lr"] = rate * factor(step)
         loss = loss_of(step)
         opt.zero_grad()
         loss.backward()

@@ -82,3 +82,92 @@ class PatchVAE(nn.Module):
 
 def _linear(layer, x):
     return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+# ---- text ------------------------------------------------------------------------------------------
+
+WIDTH_TEXT, LONGEST = 96, 9   # size of a word's vector; most words of a caption
+
+
+def tokens(captions: list[str]) -> Tensor:
+    "Numbers of words `(b 9)`, 0 where a caption has ended; an empty caption is all 0"
+    number = {word: i + 1 for i, word in enumerate(WORDS)}
+    rows = [[number[w] for w in c.split()] for c in captions]
+    return torch.tensor([r + [0] * (LONGEST - len(r)) for r in rows])
+
+
+class TextEncoder(nn.Module):
+    "A learned vector for each word; the word 0 is 'nothing' and is learned too"
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(len(WORDS) + 1, WIDTH_TEXT)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        "Word vectors `(b 9 96)`"
+        return self.words(ids)
+
+
+# ---- denoiser ----------------------------------------------------------------------------------------
+
+def sinusoid(t: Tensor, width: int = 64) -> Tensor:
+    "Fourier features `(b width)` of times in [0,1]"
+    rates = math.tau * torch.logspace(-1, 1.5, width // 2, device=t.device)
+    angle = t[:, None] * rates
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+class Block(nn.Module):
+    "Attention among all patches, then a feed-forward part, both shifted, scaled and gated"
+    def __init__(self, width: int, heads: int, hidden: int, cond: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.modulate = _zero(nn.Linear(cond, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        a, b, g, d, e, h = self.modulate(c).unsqueeze(1).chunk(6, -1)
+        x = x + g * self.attend(_shifted(x, a, b))
+        return x + h * self.down(F.gelu(self.up(_shifted(x, d, e)), approximate="tanh"))
+
+    def attend(self, x: Tensor) -> Tensor:
+        "Attention with unit queries and keys"
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1]**-.5).softmax(-1)   # faster than SDPA here
+        return self.out((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+
+
+def _shifted(x, scale, shift):
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+
+
+class VideoNet(nn.Module):
+    """Predict the v of a variance-preserving process, cos(phi) noise - sin(phi) latents
+
+    `flow_velocity` and `vp_v` in diffusion.py read it as a flow teacher or as a VP teacher.
+    """
+    def __init__(self, width: int = 192, layers: int = 6, heads: int = 3, hidden: int = 768,
+                 cond: int = 96):
+        super().__init__()
+        self.patch_in = nn.Linear(4 * CHANNELS, width)
+        self.place = nn.Parameter(.02 * torch.randn(16, width))
+        self.frame = nn.Parameter(.02 * torch.randn(8, width))
+        self.time = nn.Sequential(nn.Linear(64, cond), nn.SiLU(), nn.Linear(cond, cond))
+        self.text = nn.Sequential(nn.Linear(WIDTH_TEXT, cond), nn.SiLU(), nn.Linear(cond, cond))
+        self.mix = nn.Sequential(nn.SiLU(), nn.Linear(cond, cond), nn.SiLU())
+        self.blocks = nn.ModuleList(Block(width, heads, hidden, cond) for _ in range(layers))
+        self.last = _zero(nn.Linear(cond, 2 * width))
+        self.patch_out = _zero(nn.Linear(width, 4 * CHANNELS))
+
+    def forward(self, z: Tensor, phi: Tensor, context: Tensor) -> Tensor:
+        "Latents of unit variance `(b 16 t 8 8)`, angles `(b,)` in [0, pi/2], words `(b n 96)`"
+        b, _, t = z.shape[:3]
+        c = self.mix(self.time(sinusoid(phi * 2 / math.pi)) + self.text(context.sum(1)))
+        x = F.pixel_unshuffle(z.transpose(1, 2), 2).permute(0, 1, 3, 4, 2).flatten(2, 3)
+        x = (self.patch_in(x) + self.place + self.frame[:t, None]).flatten(1, 2)
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.patch_out(_shifted(x, *self.last(c).unsqueeze(1).chunk(2, -1)))
+        x = x.view(b, t, 4, 4, -1).permute(0, 1, 4, 2, 3)
+        return F.pixel_shuffle(x, 2).transpose(1, 2).float()

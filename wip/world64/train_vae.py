@@ -81,7 +81,8 @@ def main() -> None:
         return loss(vae, x.contiguous(memory_format=torch.channels_last), alpha, strength * noise)
 
     cosine = lambda step: min(1., (step + 1) / 200) * (.5 + .5 * math.cos(math.pi * step / a.steps))
-    ema = train(vae, loss_of, cosine, a.folder, a.steps, a.hours, a.lr, decay=.998, per_step=32)
+    opt = torch.optim.AdamW(vae.parameters(), a.lr, (.9, .99), weight_decay=.01, fused=True)
+    ema = train(vae, loss_of, cosine, a.folder, a.steps, a.hours, opt, decay=.998, per_step=32)
     vae.load_state_dict(ema, strict=False)
     set_statistics(vae, a.seed)
     torch.save(vae.state_dict(), a.folder / "vae.pt")
