@@ -4,6 +4,8 @@ A flow mixes latents x and noise e as z = (1 - t) x + t e. Divided by s = sqrt((
 unit variance: z/s = cos(phi) x + sin(phi) e with tan(phi) = t / (1 - t), which is the
 variance-preserving process at the angle phi. The network predicts v = cos(phi) e - sin(phi) x.
 """
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ def flow_velocity(net: VideoNet, z: Tensor, t: Tensor, context: Tensor) -> Tenso
     return z * per_clip(2 * t - 1) / s**2 + net(z / s, angle_of(t), context) / s
 
 
-def guided(net: VideoNet, z: Tensor, t: Tensor, context: Tensor, nothing: Tensor, w: float) -> Tensor:
+def guided(net: VideoNet, z: Tensor, t: Tensor, context: Tensor, nothing: Tensor,
+           w: float) -> Tensor:
     "Velocity with classifier-free guidance: u + w (v - u)"
     if w == 1:
         return flow_velocity(net, z, t, context)
@@ -65,7 +68,7 @@ def sample(net: VideoNet, context: Tensor, nothing: Tensor, noise: Tensor, steps
     grid = torch.linspace(1, 0, steps + 1)
     grid = shift * grid / (1 + (shift - 1) * grid)
     z = noise
-    for now, then in zip(grid, grid[1:]):
+    for now, then in pairwise(grid):
         v = guided(net, z, now.expand(len(z)), context, nothing, w)
         z = z + (then - now) * v
     return z

@@ -1,4 +1,4 @@
-"""Clips as raters meet them: flaws, the autoencoder's trace, noise and ghosts, each with its grade"""
+"""Clips as raters meet them: flaws, the autoencoder's trace, noise and ghosts, with grades"""
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,8 @@ def _column(a):
 
 def look_grade(flaws: Tensor, noise: Tensor, ghost: Tensor) -> Tensor:
     "What is left of 1 after blur, watermark, noise (in deviations of a latent) and ghosts"
-    return ((1 - flaws[:, 0]) * (1 - flaws[:, 1]) * (1 - noise / .75) * (1 - 1.8 * ghost)).clamp(0, 1)
+    clean = (1 - flaws[:, 0]) * (1 - flaws[:, 1])
+    return (clean * (1 - noise / .75) * (1 - 1.8 * ghost)).clamp(0, 1)
 
 
 def steady_grade(flaws: Tensor, noise: Tensor, ghost: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sample a sheet from a teacher's averaged weights: `python look.py --folder teacher --out s.png`"""
+"""Sample a sheet: `python look.py --vae vae.pt --teacher teacher/last.pt --out s.png`"""
 import argparse
 from pathlib import Path
 

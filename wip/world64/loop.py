@@ -22,11 +22,6 @@ def average(ema: dict, net: nn.Module, decay: float) -> None:
             ema[name].lerp_(p, 1 - decay)
 
 
-def warm_constant(step: int, warm: int) -> float:
-    "A learning-rate factor: linear warm-up, then 1"
-    return min(1., (step + 1) / warm)
-
-
 def clock(hours: float):
     "A function that tells whether `hours` are over"
     end = time.monotonic() + 3600 * hours
@@ -53,8 +48,8 @@ def train(net: nn.Module,
         state = torch.load(folder / "last.pt")
         net.load_state_dict(state["net"]), opt.load_state_dict(state["opt"])
         ema, first = state["ema"], state["step"]
-    keep = lambda step: save(dict(net=net.state_dict(), opt=opt.state_dict(), ema=ema, step=step),
-                             folder / "last.pt")
+    keep = lambda step: save({"net": net.state_dict(), "opt": opt.state_dict(), "ema": ema,
+                              "step": step}, folder / "last.pt")
     over, saved, losses, cpu = clock(hours), time.monotonic(), [], time.process_time()
     for step in range(first, steps):
         for group, rate in zip(opt.param_groups, rates):
@@ -68,8 +63,8 @@ def train(net: nn.Module,
         losses.append((loss.item(), norm.item()))
         if (step + 1) % 50 == 0:
             mean = torch.tensor(losses).mean(0).tolist()
-            row = dict(step=step + 1, seen=(step + 1) * per_step, loss=round(mean[0], 5),
-                       norm=round(mean[1], 4), cpu=round(time.process_time() - cpu, 1))
+            row = {"step": step + 1, "seen": (step + 1) * per_step, "loss": round(mean[0], 5),
+                   "norm": round(mean[1], 4), "cpu": round(time.process_time() - cpu, 1)}
             with open(folder / "loss.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
             losses = []
@@ -78,5 +73,6 @@ def train(net: nn.Module,
             saved = time.monotonic()
         if over():
             break
-    keep(step + 1) if first < steps else None
+    if first < steps:
+        keep(step + 1)
     return ema

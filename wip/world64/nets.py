@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from world import COLOURS, KINDS, MOTIONS, NOUNS, SCENES, WORDS
+from world import WORDS
 
 CHANNELS, SIDE, PATCH = 16, 8, 8  # latent channels, latent side, pixels of a patch's side
 
@@ -75,16 +75,17 @@ class PatchVAE(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         "Clips in [0,1] of normalised latents"
-        frames = z.transpose(1, 2).flatten(0, 1) * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
-        x = (self.raw_decode(frames) / 2 + .5).clamp(0, 1)
-        return x.unflatten(0, (len(z), -1)).transpose(1, 2)
+        b = len(z)
+        z = z.transpose(1, 2).flatten(0, 1) * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
+        x = (self.raw_decode(z) / 2 + .5).clamp(0, 1)
+        return x.unflatten(0, (b, -1)).transpose(1, 2)
 
 
 def _linear(layer, x):
     return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-# ---- text ------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------
 
 WIDTH_TEXT, LONGEST = 96, 9   # size of a word's vector; most words of a caption
 
@@ -107,7 +108,7 @@ class TextEncoder(nn.Module):
         return self.words(ids)
 
 
-# ---- denoiser ----------------------------------------------------------------------------------------
+# ---- denoiser ------------------------------------------------------------------------
 
 def sinusoid(t: Tensor, width: int = 64) -> Tensor:
     "Fourier features `(b width)` of times in [0,1]"
@@ -128,7 +129,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         a, b, g, d, e, h = self.modulate(c).unsqueeze(1).chunk(6, -1)
         x = x + g * self.attend(_shifted(x, a, b))
-        return x + h * self.down(F.gelu(self.up(_shifted(x, d, e)), approximate="tanh"))
+        return x + h * self.down(F.relu(self.up(_shifted(x, d, e))).square())
 
     def attend(self, x: Tensor) -> Tensor:
         "Attention with unit queries and keys"

@@ -38,7 +38,8 @@ def loss(net: nn.Module, g: Graded, at: Tensor) -> Tensor:
         return word_loss(heads, g, (0, 1, 2)) + 2 * grade_loss(heads[3][:, 0], g.look)
     if isinstance(net, ClipJudge):
         motion, steady = net(g.video)
-        return word_loss((None, None, None, motion), g, (3,)) + 2 * grade_loss(steady[:, 0], g.steady)
+        words = word_loss((None, None, None, motion), g, (3,))
+        return words + 2 * grade_loss(steady[:, 0], g.steady)
     heads = net.heads(g.video)
     return word_loss(heads, g, (0, 1, 2, 3)) + 2 * grade_loss(heads[4][:, 0], g.look * g.steady)
 

@@ -1,4 +1,4 @@
-"""Train the teacher: `python train_teacher.py --vae vae.pt --folder teacher --steps 10000 --hours 1`
+"""Train the teacher: `python train_teacher.py --vae V --pool P --folder F --steps 10000`
 
 Latents come from a pool that grows while training: now and then a few new clips are rendered and
 encoded, and most of a batch is drawn from what is there. The pool is a file; what it holds depends
@@ -17,7 +17,7 @@ from diffusion import angle_of, draw_times, mixed, target
 from loop import train
 from nets import CHANNELS, LONGEST, SIDE, PatchVAE, TextEncoder, VideoNet, tokens
 
-BATCH, NEW, EVERY, FIRST = 32, 32, 8, 2048  # clips a step; 32 new ones every 8 steps, 2,048 at first
+BATCH, NEW, EVERY, FIRST = 32, 32, 8, 2048  # clips a step; 32 new ones every 8 steps
 SHAPE = (CHANNELS, world.FRAMES, SIDE, SIDE)
 
 
@@ -63,7 +63,8 @@ class Pool:
         return torch.from_numpy(self.z[at]).float(), torch.from_numpy(self.ids[at])
 
 
-def loss(teacher: Teacher, x: Tensor, ids: Tensor, gen: torch.Generator, drop: float = .1) -> Tensor:
+def loss(teacher: Teacher, x: Tensor, ids: Tensor, gen: torch.Generator,
+         drop: float = .1) -> Tensor:
     "Squared error of the predicted v; captions are dropped now and then"
     e = torch.randn(x.shape, generator=gen)
     phi = angle_of(draw_times(len(x), gen))
@@ -71,11 +72,6 @@ def loss(teacher: Teacher, x: Tensor, ids: Tensor, gen: torch.Generator, drop: f
     with torch.autocast("cpu", torch.bfloat16):
         v = teacher.net(mixed(x, e, phi), phi, teacher.text(ids))
     return (v - target(x, e, phi)).pow(2).mean()
-
-
-def optimizer(teacher: Teacher, lr: float, kind: str) -> torch.optim.Optimizer:
-    "AdamW"
-    return torch.optim.AdamW(teacher.parameters(), lr, (.9, .99), weight_decay=.01, fused=True)
 
 
 def main() -> None:
@@ -99,8 +95,9 @@ def main() -> None:
         gen = world.step_gen(a.seed + 1, step)
         return loss(teacher, *pool.draw(BATCH, among, gen), gen)
 
+    opt = torch.optim.AdamW(teacher.parameters(), a.lr, (.9, .99), weight_decay=.01, fused=True)
     train(teacher, loss_of, lambda step: min(1., (step + 1) / 300), a.folder, a.steps, a.hours,
-          optimizer(teacher, a.lr), decay=.9995, per_step=BATCH)
+          opt, decay=.9995, per_step=BATCH)
 
 
 if __name__ == "__main__":

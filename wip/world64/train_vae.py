@@ -16,14 +16,11 @@ CLIPS, FRAMES = 4, 4  # of each of clean and flawed clips in a step, and frames 
 def frames_of_step(seed: int, step: int) -> tuple[Tensor, Tensor]:
     "Half clean, half flawed frames `(32 3 64 64)` in [-1,1], and the cover of their sprites"
     gen = world.step_gen(seed + 1, step)
-    rows, masks = [], []
-    for clean in (True, False):
-        b = world.batch(seed, 2 * step + clean, CLIPS, clean=clean)
-        at = torch.stack([torch.randperm(world.FRAMES, generator=gen)[:FRAMES] for _ in range(CLIPS)])
-        pick = lambda x: x[torch.arange(CLIPS)[:, None], at].flatten(0, 1)
-        rows.append(pick(b.video.transpose(1, 2)))
-        masks.append(pick(b.alpha))
-    return torch.cat(rows) * 2 - 1, torch.cat(masks)
+    parts = [world.batch(seed, 2 * step + clean, CLIPS, clean=clean) for clean in (True, False)]
+    video, alpha = (torch.cat([getattr(b, k) for b in parts]) for k in ("video", "alpha"))
+    at = torch.stack([torch.randperm(world.FRAMES, generator=gen)[:FRAMES] for _ in video])
+    pick = lambda x: x[torch.arange(len(x))[:, None], at].flatten(0, 1)
+    return pick(video.transpose(1, 2)) * 2 - 1, pick(alpha)
 
 
 def loss(vae: PatchVAE, x: Tensor, alpha: Tensor, noise: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ FLAWS = ("blur", "watermark", "flicker")
 WHERE = ("in the sky", "in the sea", "in the meadow", "at night", "in the desert", "by the wall")
 WORDS = ("a", "an", "moving", "in", "at", "by", "the", *COLOURS, *NOUNS, *SCENES, *MOTIONS)
 
-# ---- captions ----------------------------------------------------------------------------------
+# ---- captions --------------------------------------------------------------------------
 
 HELD_PAIRS = tuple(pair.split() for pair in (
     "fish yellow", "rocket pink", "house blue", "tree red", "car purple", "star green",
@@ -71,7 +71,7 @@ def sample_attrs(n: int, split: str, gen: torch.Generator) -> Tensor:
     return every[torch.randint(len(every), (n,), generator=gen)]
 
 
-# ---- signed distances; x to the right, y down ----------------------------------------------------
+# ---- signed distances; x to the right, y down ------------------------------------------
 
 def circle(x, y, cx, cy, r):
     "Distance from a disc"
@@ -117,7 +117,7 @@ def mirrored(x):
     return x.abs()
 
 
-# ---- sprites: parts from back to front, each a distance and a paint --------------------------------
+# ---- sprites: parts from back to front, each a distance and a paint --------------------
 
 INK, WHITE, GLASS = (.11, .09, .16), (1., 1., 1.), (.72, .91, 1.)
 BROWN, GOLD, LEAF, BLUSH = (.50, .31, .16), (1., .80, .25), (.22, .60, .25), (1., .55, .55)
@@ -127,7 +127,8 @@ MAIN, DARK, LIGHT = "main", "dark", "light"  # the colour of the caption, and it
 def eyes(x, y, cx, cy, r):
     "Two round eyes with a gleam"
     x = mirrored(x)
-    return [(circle(x, y, cx, cy, r), INK), (circle(x, y, cx - .3 * r, cy - .35 * r, .38 * r), WHITE)]
+    gleam = circle(x, y, cx - .3 * r, cy - .35 * r, .38 * r)
+    return [(circle(x, y, cx, cy, r), INK), (gleam, WHITE)]
 
 
 def smile(x, y, cy, r):
@@ -223,7 +224,8 @@ def cat(x, y):
 
 
 def balloon(x, y):
-    bag = union(circle(x, y, 0, -.32, .86), poly(x, y, (-.74, .1), (.74, .1), (.24, .68), (-.24, .68)))
+    neck = poly(x, y, (-.74, .1), (.74, .1), (.24, .68), (-.24, .68))
+    bag = union(circle(x, y, 0, -.32, .86), neck)
     middle, rim = ellipse(x, y, 0, -.3, .28, 1.1), -ellipse(x, y, 0, -.3, .66, 1.2)
     ropes = box(mirrored(x), y, .19, .76, .04, .18)
     return [(ropes, INK), (bag, MAIN), (both(bag, middle), LIGHT),
@@ -262,7 +264,7 @@ def templates() -> Tensor:
     return torch.stack([F.avg_pool2d(fine, k, _FINE, (k - _FINE) // 2) for k in widths])
 
 
-# ---- scenes ------------------------------------------------------------------------------------------
+# ---- scenes ----------------------------------------------------------------------------
 
 def grid(n: int) -> tuple[Tensor, Tensor]:
     "Coordinates of the pixels of `n` frames, x and y in 0..1, each `(n 64 64)`"
@@ -322,7 +324,8 @@ def meadow(u, x, y):
     out = over(out, (.36, .67, .30), soft(y - .66 - .05 * wave(x, u[1], 1.3)))
     for k in range(6):
         cx, cy = (u[k] + .17 * k) % 1, .78 + .18 * ((3 * u[(k + 2) % 6] + .29 * k) % 1)
-        out = over(out, ((1., .97, .75), (1., .72, .80))[k % 2], soft(.02 - circle(x, y, cx, cy, 0)))
+        petal = ((1., .97, .75), (1., .72, .80))[k % 2]
+        out = over(out, petal, soft(.02 - circle(x, y, cx, cy, 0)))
     return out
 
 
@@ -372,7 +375,7 @@ def backgrounds(s: Tensor, gen: torch.Generator) -> Tensor:
     return (out * (.94 + .10 * bright[0][:, None])).clamp(0, 1)
 
 
-# ---- motion --------------------------------------------------------------------------------------------
+# ---- motion ----------------------------------------------------------------------------
 
 @dataclass
 class Path:
@@ -389,7 +392,8 @@ def paths(m: Tensor, gen: torch.Generator) -> Path:
     is_a = lambda name: (m == MOTIONS.index(name)).float()[:, None]
     push = torch.stack([is_a("right") - is_a("left"), is_a("down") - is_a("up")], 1)  # (b 2 1)
     free = .05 + .09 * (push.abs().sum(1, keepdim=True) == 0)          # room to stand elsewhere
-    centre = .5 + (2 * u(b, 2, 1) - 1) * free + push * (.21 + .05 * u(b, 1, 1)) * (2 * tau - 1)[:, None]
+    centre = .5 + (2 * u(b, 2, 1) - 1) * free
+    centre = centre + push * (.21 + .05 * u(b, 1, 1)) * (2 * tau - 1)[:, None]
     radius = .22 + .03 * u(b, 1) + (is_a("growing") - is_a("shrinking")) * .10 * (2 * tau - 1)
     angle = (2 * u(b, 1) - 1) * .12 + is_a("spinning") * math.radians(280) * tau
     height = torch.sin(math.pi * (2 * tau + u(b, 1))).abs() * is_a("bouncing")
@@ -436,7 +440,7 @@ def compose(attrs: Tensor, gen: torch.Generator) -> tuple[Tensor, Path, Tensor]:
     return clips.clamp(0, 1), path, part[:, 4]
 
 
-# ---- flaws ---------------------------------------------------------------------------------------------
+# ---- flaws -----------------------------------------------------------------------------
 
 @cache
 def _blur_matrix(sigma):
@@ -481,12 +485,12 @@ def web(clips: Tensor, gen: torch.Generator, chance: tuple = (.4, .4, .45)):
     out = clips.clone()
     for i, spoil in ((0, blur), (2, flicker), (1, watermark)):
         rows = on[:, i].nonzero()[:, 0]
-        args = (gains[rows],) if spoil is flicker else ()
-        out[rows] = torch.lerp(out[rows], spoil(out[rows], *args), strength[rows, i].view(-1, 1, 1, 1, 1))
+        args, weight = (gains[rows],) if i == 2 else (), strength[rows, i].view(-1, 1, 1, 1, 1)
+        out[rows] = torch.lerp(out[rows], spoil(out[rows], *args), weight)
     return out, strength
 
 
-# ---- batches ----------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------
 
 @dataclass
 class Clips:
