@@ -2,7 +2,8 @@
 
 Latents come from a pool that grows while training: now and then a few new clips are rendered and
 encoded, and most of a batch is drawn from what is there. The pool is a file; what it holds depends
-on the seed alone.
+on the seed alone. The rate is constant but for the last steps, so a run can be made longer or
+shorter by going on with another `--steps`.
 """
 import argparse
 import math
@@ -81,8 +82,9 @@ def main() -> None:
     p.add_argument("--pool", type=Path, required=True)
     p.add_argument("--folder", type=Path, required=True)
     p.add_argument("--steps", type=int, required=True)
+    p.add_argument("--cool", type=int, default=3000, help="last steps, in which the rate falls to 0")
     p.add_argument("--hours", type=float, default=1.)
-    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--lr", type=float, default=1.5e-3)
     p.add_argument("--seed", type=int, default=20)
     a = p.parse_args()
     torch.manual_seed(a.seed)
@@ -96,7 +98,8 @@ def main() -> None:
         return loss(teacher, *pool.draw(BATCH, among, gen), gen)
 
     opt = torch.optim.AdamW(teacher.parameters(), a.lr, (.9, .99), weight_decay=.01, fused=True)
-    train(teacher, loss_of, lambda step: min(1., (step + 1) / 300), a.folder, a.steps, a.hours,
+    rate = lambda step: min(1., (step + 1) / 300, (a.steps - step) / a.cool)
+    train(teacher, loss_of, rate, a.folder, a.steps, a.hours,
           opt, decay=.9995, per_step=BATCH)
 
 
