@@ -82,7 +82,7 @@ def main() -> None:
     p.add_argument("--pool", type=Path, required=True)
     p.add_argument("--folder", type=Path, required=True)
     p.add_argument("--steps", type=int, required=True)
-    p.add_argument("--cool", type=int, default=3000, help="last steps, in which the rate falls to 0")
+    p.add_argument("--cool", type=int, default=3000, help="steps in which the rate falls")
     p.add_argument("--hours", type=float, default=1.)
     p.add_argument("--lr", type=float, default=1.5e-3)
     p.add_argument("--seed", type=int, default=20)
