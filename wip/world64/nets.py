@@ -117,6 +117,14 @@ def sinusoid(t: Tensor, width: int = 64) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], 1)
 
 
+def relative_places(frames: int = 8, side: int = 4) -> Tensor:
+    "For each pair of patches, the number of their offset in time, rows and columns `(128 128)`"
+    places = torch.cartesian_prod(torch.arange(frames), torch.arange(side), torch.arange(side))
+    offset = places[:, None] - places + torch.tensor((frames - 1, side - 1, side - 1))
+    wide = 2 * side - 1
+    return (offset[..., 0] * wide + offset[..., 1]) * wide + offset[..., 2]
+
+
 class Block(nn.Module):
     "Attention among all patches, then a feed-forward part, both shifted, scaled and gated"
     def __init__(self, width: int, heads: int, hidden: int, cond: int):
@@ -125,17 +133,19 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.modulate = _zero(nn.Linear(cond, 6 * width))
+        self.near = nn.Parameter(torch.zeros(heads, 15 * 7 * 7))   # one weight for each offset
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, offsets: Tensor) -> Tensor:
         a, b, g, d, e, h = self.modulate(c).unsqueeze(1).chunk(6, -1)
-        x = x + g * self.attend(_shifted(x, a, b))
+        x = x + g * self.attend(_shifted(x, a, b), offsets)
         return x + h * self.down(F.relu(self.up(_shifted(x, d, e))).square())
 
-    def attend(self, x: Tensor) -> Tensor:
-        "Attention with unit queries and keys"
+    def attend(self, x: Tensor, offsets: Tensor) -> Tensor:
+        "Attention with unit queries and keys, and a learned liking for offsets"
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = (F.rms_norm(y, y.shape[-1:]) for y in (q, k))
-        weights = (q @ k.transpose(-1, -2) * q.shape[-1]**-.5).softmax(-1)   # faster than SDPA here
+        near = self.near.to(q.dtype)[:, offsets]
+        weights = (q @ (k * q.shape[-1]**-.5).transpose(-1, -2) + near).softmax(-1)
         return self.out((weights.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 
 
@@ -146,29 +156,37 @@ def _shifted(x, scale, shift):
 class VideoNet(nn.Module):
     """Predict the v of a variance-preserving process, cos(phi) noise - sin(phi) latents
 
-    `flow_velocity` and `vp_v` in diffusion.py read it as a flow teacher or as a VP teacher.
+    Convolutions at the latents' own resolution, a transformer over patches of 2 x 2 between them.
+    diffusion.py reads the prediction as a flow teacher or as a VP teacher.
     """
-    def __init__(self, width: int = 192, layers: int = 6, heads: int = 3, hidden: int = 768,
+    def __init__(self, width: int = 192, layers: int = 6, heads: int = 6, hidden: int = 768,
                  cond: int = 96):
         super().__init__()
-        self.patch_in = nn.Linear(4 * CHANNELS, width)
-        self.place = nn.Parameter(.02 * torch.randn(16, width))
-        self.frame = nn.Parameter(.02 * torch.randn(8, width))
+        self.stem = nn.Conv2d(CHANNELS, width // 4, 3, padding=1)
+        self.patch_in, self.patch_out = nn.Linear(width, width), nn.Linear(width, width)
+        self.place = nn.Parameter(.3 * torch.randn(16, width))
+        self.frame = nn.Parameter(.3 * torch.randn(8, 1, width))
         self.time = nn.Sequential(nn.Linear(64, cond), nn.SiLU(), nn.Linear(cond, cond))
         self.text = nn.Sequential(nn.Linear(WIDTH_TEXT, cond), nn.SiLU(), nn.Linear(cond, cond))
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(cond, cond), nn.SiLU())
         self.blocks = nn.ModuleList(Block(width, heads, hidden, cond) for _ in range(layers))
         self.last = _zero(nn.Linear(cond, 2 * width))
-        self.patch_out = _zero(nn.Linear(width, 4 * CHANNELS))
+        self.fine = nn.Conv2d(width // 2, width // 4, 3, padding=1)
+        self.tone = _zero(nn.Linear(cond, width // 4))
+        self.end = _zero(nn.Conv2d(width // 4, CHANNELS, 3, padding=1))
+        self.register_buffer("offsets", relative_places(), persistent=False)
 
     def forward(self, z: Tensor, phi: Tensor, context: Tensor) -> Tensor:
-        "Latents of unit variance `(b 16 t 8 8)`, angles `(b,)` in [0, pi/2], words `(b n 96)`"
+        "Latents of unit variance `(b 16 8 8 8)`, angles `(b,)` in [0, pi/2], words `(b n 96)`"
         b, _, t = z.shape[:3]
         c = self.mix(self.time(sinusoid(phi * 2 / math.pi)) + self.text(context.sum(1)))
-        x = F.pixel_unshuffle(z.transpose(1, 2), 2).permute(0, 1, 3, 4, 2).flatten(2, 3)
-        x = (self.patch_in(x) + self.place + self.frame[:t, None]).flatten(1, 2)
+        frames = self.stem(z.transpose(1, 2).flatten(0, 1))
+        x = F.pixel_unshuffle(frames, 2).flatten(2).transpose(1, 2)           # (b t) 16 width
+        x = (self.patch_in(x).unflatten(0, (b, t)) + self.place + self.frame).flatten(1, 2)
         for block in self.blocks:
-            x = block(x, c)
+            x = block(x, c, self.offsets)
         x = self.patch_out(_shifted(x, *self.last(c).unsqueeze(1).chunk(2, -1)))
-        x = x.view(b, t, 4, 4, -1).permute(0, 1, 4, 2, 3)
-        return F.pixel_shuffle(x, 2).transpose(1, 2).float()
+        x = x.view(b * t, 16, -1).transpose(1, 2).unflatten(2, (4, 4))
+        x = self.fine(F.silu(torch.cat([F.pixel_shuffle(x, 2), frames], 1)))
+        x = x * (1 + self.tone(c)).repeat_interleave(t, 0)[..., None, None]
+        return self.end(F.silu(x)).unflatten(0, (b, t)).transpose(1, 2).float()

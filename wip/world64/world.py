@@ -385,22 +385,32 @@ class Path:
     angle: Tensor   # clockwise, in radians `(b t)`
 
 
+STEP, RADIUS = 4 / SIZE, .235  # sprites stand on a grid of 4 pixels, all of one size
+HOPS = torch.tensor((0., .75, 1., .75)).repeat(2)  # heights of two hops, of 16 pixels
+
+
 def paths(m: Tensor, gen: torch.Generator) -> Path:
-    "Move, grow, spin or bounce: one path for each motion `(b,)`"
-    b, u = len(m), lambda *shape: torch.rand(*shape, generator=gen)
-    tau = torch.linspace(0, 1, FRAMES)[None]
+    """Move, grow, spin or bounce: one path for each motion `(b,)`
+
+    Places are multiples of 4 pixels and sprites stand upright, so that a small network meets each
+    sprite in few positions against its 8 x 8 patches.
+    """
+    b, tau = len(m), torch.arange(FRAMES) / (FRAMES - 1)
     is_a = lambda name: (m == MOTIONS.index(name)).float()[:, None]
     push = torch.stack([is_a("right") - is_a("left"), is_a("down") - is_a("up")], 1)  # (b 2 1)
-    free = .05 + .09 * (push.abs().sum(1, keepdim=True) == 0)          # room to stand elsewhere
-    centre = .5 + (2 * u(b, 2, 1) - 1) * free
-    centre = centre + push * (.21 + .05 * u(b, 1, 1)) * (2 * tau - 1)[:, None]
-    radius = .22 + .03 * u(b, 1) + (is_a("growing") - is_a("shrinking")) * .10 * (2 * tau - 1)
-    angle = (2 * u(b, 1) - 1) * .12 + is_a("spinning") * math.radians(280) * tau
-    height = torch.sin(math.pi * (2 * tau + u(b, 1))).abs() * is_a("bouncing")
-    centre = centre + torch.stack([0 * height, (.13 - .30 * height) * is_a("bouncing")], 1)
-    squash = (1 - height)**3 * is_a("bouncing")
+    free = torch.randint(-2, 3, (b, 2, 1), generator=gen)              # where it stands
+    side = torch.randint(-1, 2, (b, 2, 1), generator=gen) * (push == 0)  # beside a moving path
+    late = torch.randint(0, 2, (b, 1, 1), generator=gen)               # which end is longer
+    moved = push * (torch.arange(FRAMES) - 4 + late) + side
+    centre = .5 + STEP * torch.where(push.abs().sum(1, keepdim=True) > 0, moved, free.float())
+    phase = torch.randint(0, 4, (b, 1), generator=gen)
+    height = HOPS[(torch.arange(FRAMES) + phase) % 4] * is_a("bouncing")
+    centre = centre.expand(b, 2, FRAMES) - torch.stack([0 * height, (4 * height - 2) * STEP], 1)
+    centre[:, 1] -= 2 * STEP * (1 - is_a("bouncing"))                  # only what bounces sinks
+    radius = RADIUS + (is_a("growing") - is_a("shrinking")) * .10 * (2 * tau - 1)
+    squash = (height == 0) * is_a("bouncing")
     half = torch.stack([radius * (1 + .16 * squash), radius * (1 - .20 * squash)], 1)
-    return Path(centre, half, angle)
+    return Path(centre, half, is_a("spinning") * math.radians(280) * tau)
 
 
 def to_sprite(path: Path) -> Tensor:
