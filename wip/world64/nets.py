@@ -156,37 +156,38 @@ def _shifted(x, scale, shift):
 class VideoNet(nn.Module):
     """Predict the v of a variance-preserving process, cos(phi) noise - sin(phi) latents
 
-    Convolutions at the latents' own resolution, a transformer over patches of 2 x 2 between them.
-    diffusion.py reads the prediction as a flow teacher or as a VP teacher.
+    A transformer over patches of 2 x 2, then two convolutions, zero at the start, that mend what
+    neighbouring patches do not agree on. diffusion.py reads it as a flow teacher or a VP teacher.
     """
     def __init__(self, width: int = 192, layers: int = 6, heads: int = 6, hidden: int = 768,
-                 cond: int = 96):
+                 cond: int = 96, mending: int = 48):
         super().__init__()
-        self.stem = nn.Conv2d(CHANNELS, width // 4, 3, padding=1)
-        self.patch_in, self.patch_out = nn.Linear(width, width), nn.Linear(width, width)
-        self.place = nn.Parameter(.3 * torch.randn(16, width))
-        self.frame = nn.Parameter(.3 * torch.randn(8, 1, width))
+        self.patch_in = nn.Linear(4 * CHANNELS, width)
+        self.place = nn.Parameter(.1 * torch.randn(16, width))
+        self.frame = nn.Parameter(.1 * torch.randn(8, 1, width))
         self.time = nn.Sequential(nn.Linear(64, cond), nn.SiLU(), nn.Linear(cond, cond))
         self.text = nn.Sequential(nn.Linear(WIDTH_TEXT, cond), nn.SiLU(), nn.Linear(cond, cond))
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(cond, cond), nn.SiLU())
         self.blocks = nn.ModuleList(Block(width, heads, hidden, cond) for _ in range(layers))
         self.last = _zero(nn.Linear(cond, 2 * width))
-        self.fine = nn.Conv2d(width // 2, width // 4, 3, padding=1)
-        self.tone = _zero(nn.Linear(cond, width // 4))
-        self.end = _zero(nn.Conv2d(width // 4, CHANNELS, 3, padding=1))
+        self.patch_out = _zero(nn.Linear(width, 4 * CHANNELS))
+        self.fine = nn.Conv2d(2 * CHANNELS, mending, 3, padding=1)
+        self.tone = _zero(nn.Linear(cond, mending))
+        self.end = _zero(nn.Conv2d(mending, CHANNELS, 3, padding=1))
         self.register_buffer("offsets", relative_places(), persistent=False)
 
     def forward(self, z: Tensor, phi: Tensor, context: Tensor) -> Tensor:
         "Latents of unit variance `(b 16 8 8 8)`, angles `(b,)` in [0, pi/2], words `(b n 96)`"
         b, _, t = z.shape[:3]
         c = self.mix(self.time(sinusoid(phi * 2 / math.pi)) + self.text(context.sum(1)))
-        frames = self.stem(z.transpose(1, 2).flatten(0, 1))
-        x = F.pixel_unshuffle(frames, 2).flatten(2).transpose(1, 2)           # (b t) 16 width
+        frames = z.transpose(1, 2).flatten(0, 1)
+        x = F.pixel_unshuffle(frames, 2).flatten(2).transpose(1, 2)           # (b t) 16 64
         x = (self.patch_in(x).unflatten(0, (b, t)) + self.place + self.frame).flatten(1, 2)
         for block in self.blocks:
             x = block(x, c, self.offsets)
         x = self.patch_out(_shifted(x, *self.last(c).unsqueeze(1).chunk(2, -1)))
         x = x.view(b * t, 16, -1).transpose(1, 2).unflatten(2, (4, 4))
-        x = self.fine(F.silu(torch.cat([F.pixel_shuffle(x, 2), frames], 1)))
-        x = x * (1 + self.tone(c)).repeat_interleave(t, 0)[..., None, None]
-        return self.end(F.silu(x)).unflatten(0, (b, t)).transpose(1, 2).float()
+        x = F.pixel_shuffle(x, 2)
+        tone = (1 + self.tone(c)).repeat_interleave(t, 0)[..., None, None]
+        x = x + self.end(F.silu(self.fine(torch.cat([frames, x], 1)) * tone))
+        return x.unflatten(0, (b, t)).transpose(1, 2).float()
