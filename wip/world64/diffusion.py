@@ -53,7 +53,7 @@ def guided(net: VideoNet, z: Tensor, t: Tensor, context: Tensor, nothing: Tensor
     return u + w * (v - u)
 
 
-def draw_times(n: int, gen: torch.Generator, shift: float = .8, spread: float = 1.1,
+def draw_times(n: int, gen: torch.Generator, shift: float = 1.2, spread: float = 1.1,
                even: float = .15) -> Tensor:
     "Times in (0,1), one from each n-th of the draw: logit-normal, high noise favoured, some even"
     u = (torch.randperm(n, generator=gen) + torch.rand(n, generator=gen)) / n

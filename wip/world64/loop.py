@@ -34,14 +34,14 @@ def train(net: nn.Module,
           folder: Path,        # of checkpoint `last.pt` and log `loss.jsonl`
           steps: int,          # in all, over all runs
           hours: float,        # of this run
-          opt: torch.optim.Optimizer,  # its groups' rates are multiplied by `factor`
+          opt,                 # an optimiser; its groups' rates are multiplied by `factor`
           decay: float = .999,   # of the average of weights; less in the first steps
           save_every: float = 300,  # seconds
           per_step: int = 1,     # clips in a step, for the log
           ) -> dict:             # averaged weights by name
     "Minimise; go on from `last.pt` where there is one"
     folder.mkdir(parents=True, exist_ok=True)
-    rates = [group["lr"] for group in opt.param_groups]
+    rates = [group["lr"] for group in opt.param_groups]  # before a checkpoint's take their place
     ema = {n: p.detach().clone() for n, p in net.named_parameters()}
     first = 0
     if (folder / "last.pt").exists():

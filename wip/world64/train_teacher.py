@@ -75,6 +75,40 @@ def loss(teacher: Teacher, x: Tensor, ids: Tensor, gen: torch.Generator,
     return (v - target(x, e, phi)).pow(2).mean()
 
 
+class MuonAndAdam:
+    "Muon for the matrices of the blocks, AdamW for all else"
+    def __init__(self, teacher: Teacher, muon: float, adam: float):
+        ends = ("qkv.weight", "out.weight", "up.weight", "down.weight")
+        inner = lambda name: "blocks" in name and name.endswith(ends)
+        named = list(teacher.named_parameters())
+        self.parts = (
+            torch.optim.Muon([p for n, p in named if inner(n)], muon, weight_decay=.01,
+                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW([p for n, p in named if not inner(n)], adam, (.9, .99),
+                              weight_decay=.01, fused=True))
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        "Of both"
+        for part in self.parts:
+            part.zero_grad()
+
+    def step(self) -> None:
+        "Of both"
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> list:
+        "Of both"
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, states: list) -> None:
+        "Of both"
+        for part, state in zip(self.parts, states):
+            part.load_state_dict(state)
+        self.param_groups[:] = [group for part in self.parts for group in part.param_groups]
+
+
 def main() -> None:
     "Train, or go on"
     p = argparse.ArgumentParser(description=__doc__)
@@ -84,7 +118,7 @@ def main() -> None:
     p.add_argument("--steps", type=int, required=True)
     p.add_argument("--cool", type=int, default=3000, help="steps in which the rate falls")
     p.add_argument("--hours", type=float, default=1.)
-    p.add_argument("--lr", type=float, default=1.5e-3)
+    p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--seed", type=int, default=20)
     a = p.parse_args()
     torch.manual_seed(a.seed)
@@ -97,7 +131,7 @@ def main() -> None:
         gen = world.step_gen(a.seed + 1, step)
         return loss(teacher, *pool.draw(BATCH, among, gen), gen)
 
-    opt = torch.optim.AdamW(teacher.parameters(), a.lr, (.9, .99), weight_decay=.01, fused=True)
+    opt = MuonAndAdam(teacher, a.lr, .75 * a.lr)
     rate = lambda step: min(1., (step + 1) / 300, (a.steps - step) / a.cool)
     train(teacher, loss_of, rate, a.folder, a.steps, a.hours,
           opt, decay=.9995, per_step=BATCH)
