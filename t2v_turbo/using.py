@@ -145,7 +145,11 @@ def _check_wan(folder, form):
 
     from t2v_turbo.saved import read_student
     from t2v_turbo.teachers.folders import network_on_meta
-    teacher = read_student(folder)[0]["teacher"]
+    meta = read_student(folder)[0]
+    teacher = meta["teacher"]
+    if not meta["rank"]: raise UserError(
+        f"--form {form} is for students with LoRA, but every weight of the student in "
+        f"{str(folder)!r} was trained: give --form folder")
     net = network_on_meta(teacher)
     if net is not None and type(net) is not WanTransformer3DModel: raise UserError(
         f"--form {form} is for students of Wan, but {str(folder)!r} has teacher {teacher!r}, a "
