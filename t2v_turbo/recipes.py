@@ -44,8 +44,8 @@ VC2 = PAPER | dict(teacher="videocrafter2", fps=16, vocabulary="videocrafter2/to
                    reward="hpsv2.1,internvideo2")
 WAN = PAPER | dict(teacher="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", frames=81, height=480, width=832,
                    lr=1e-5, reward="hpsv2.1,viclip-l14")
-WAN22 = PAPER | dict(teacher="Wan-AI/Wan2.2-TI2V-5B-Diffusers", frames=121, height=704, width=1280,
-                     fps=24, lr=1e-5, reward="hpsv2.1", beta_vid=0.)
+WAN22 = WAN | dict(teacher="Wan-AI/Wan2.2-TI2V-5B-Diffusers", frames=121, height=704, width=1280,
+                   fps=24)
 SANA = WAN | dict(teacher="Efficient-Large-Model/SANA-Video_2B_480p_diffusers")
 CACHES = dict(data="cache/latents", texts="cache/texts")
 T4 = dict(dtype="float16")

@@ -40,7 +40,7 @@ BEFORE = {
 SMALLEST = {                            # why no smaller GPU has a recipe
     "wan": "There is no recipe for 16 or 24 GB: with both caches and everything recomputed a step still takes {total:.1f} GB, its peak in {highest}, and an 8-bit optimiser "
            "saves less than 1 GB of them. Fewer frames or a smaller size fit, and are another task than the teacher's.",
-    "wan2.2": "There is no recipe for less than 80 GB: with both caches, everything recomputed and an image reward alone a step takes {total:.1f} GB, its peak in {highest}.",
+    "wan2.2": "There is no recipe for less than 80 GB: with both caches and everything recomputed a step still takes {total:.1f} GB, its peak in {highest}.",
     "sana": "There is no recipe for 16 or 24 GB: with both caches and everything recomputed a step still takes {total:.1f} GB, its peak in {highest}.",
 }
 
@@ -143,8 +143,8 @@ def against(kind):
             ("guidance scales", "[5, 15]", f"[{d.w_min:g}, {d.w_max:g}]"),
             ("solver skip", "k = 20", f"k = {d.k}"),
             ("image reward", "HPSv2.1, M = 6", f"{ours['reward'].split(',')[0]}, M = {PAPER['image_frames']}"),
-            ("video reward", f"{VIDEO.get(kind, '')}, 8 frames", f"{ours['reward'].split(',')[1]}, {PAPER['video_frames']} frames" if ours.get("beta_vid", 1) else "none"),
-            ("weights of the rewards", "", f"{d.beta_img:g}, {ours.get('beta_vid', d.beta_vid):g}"),
+            ("video reward", f"{VIDEO.get(kind, '')}, 8 frames", f"{ours['reward'].split(',')[1]}, {PAPER['video_frames']} frames"),
+            ("weights of the rewards", "", f"{d.beta_img:g}, {d.beta_vid:g}"),
             ("LoRA", "", f"rank {d.rank}, dropout {PAPER['lora_dropout']:g}"),
             ("VBench, 4 steps: total / quality / semantic", vbench, "open"),
             ("time and memory", "not published", "predicted above; measured: open")]
@@ -166,7 +166,7 @@ def teacher(kind, held):
 def compared(kind):
     words = {"modelscope": "Paper: T2V-Turbo (MS), appendix A and tables 1 and 4.", "videocrafter2": "Paper: T2V-Turbo (VC2), appendix A and tables 1 and 4.",
              "wan": "There is no published T2V-Turbo for Wan; the objective is the paper's, but for the range of guidance scales, which lies around Wan's own, 5.",
-             "wan2.2": "There is no published T2V-Turbo for Wan; the objective is that of Wan 2.1 here, without its video reward.",
+             "wan2.2": "There is no published T2V-Turbo for Wan; the objective is that of Wan 2.1 here.",
              "sana": "There is no published T2V-Turbo for SANA-Video; the objective is that of Wan 2.1 here. Its guidance scale enters through the network's own input."}
     return (f"### Ours against the paper: {TEACHERS[kind][0].split(',')[0]}\n\n{words[kind]} The published code spreads the losses over fixed processes, which weights "
             "them 1 : 1 : 2/3 for betas of 1 and 2; `--match_official` does the same on any number of GPUs.\n\n" + against(kind))
