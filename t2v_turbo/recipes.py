@@ -51,7 +51,8 @@ CACHES = dict(data="cache/latents", texts="cache/texts")
 T4 = dict(dtype="float16")
 
 def _recipe(model, size, gpu, settings, **more):
-    return Recipe(f"{model}, {size}, on one GPU of {gpu} GB", settings | more, gpu)
+    how = ", every weight" if more.get("rank") == 0 else ""
+    return Recipe(f"{model}, {size}, on one GPU of {gpu} GB{how}", settings | more, gpu)
 
 # %% ../nbs/74_recipes.ipynb #b53c2eee
 _MS = "ModelScopeT2V", "256x256, 16 frames"

@@ -202,12 +202,12 @@ def _rewards_and_recipes():
     for n, f in FACTS.items():
         yield _LINE.format(n, "", _gb(weights_of(reward_on_meta(n))), f"{f.licence}; {f.weights}")
     yield "\nrecipes of `distill`"
-    for n, r in RECIPES.items(): yield f"{n:22}{r.about}"
+    for n, r in RECIPES.items(): yield f"{n:25}{r.about}"
 
 def print_list()->int: # 0
     "Print teachers, students, rewards and recipes: download, memory, licence and source"
     for line in chain(_models(), _rewards_and_recipes()): print(line, flush=True)
-    print("\nA download is of float32 files; `sample` fetches half of it in float16 where the hub "
+    print("\nA download is what float32 takes; `sample` fetches half of it in float16 where the hub "
           "has such files. A student also needs its teacher, and is bound by its licence.")
     return 0
 
