@@ -207,7 +207,7 @@ def _rewards_and_recipes():
 def print_list()->int: # 0
     "Print teachers, students, rewards and recipes: download, memory, licence and source"
     for line in chain(_models(), _rewards_and_recipes()): print(line, flush=True)
-    print("\nA download is what float32 takes; `sample` fetches half of it in float16 where the hub "
+    print("\nA download is that for float32; `sample` fetches half of it in float16 where the hub "
           "has such files. A student also needs its teacher, and is bound by its licence.")
     return 0
 
