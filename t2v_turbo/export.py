@@ -125,6 +125,9 @@ def export_lora(student:Student, # of Wan
     "Export a student of Wan as LoRA, with the scheduler to sample it"
     new_folder(out)
     t, own = student.teacher, own_sampling(student)
+    if not student.rank: raise UserError(
+        f"this student of {t.name!r} has no LoRA, since every weight of it was trained: export "
+        "it as a folder")
     if not isinstance(t, WanTeacher): raise UserError(
         f"neither stock diffusers nor ComfyUI can read LoRA of a {type(t.denoiser).__name__} of "
         f"{t.name!r}: export the student as a folder")

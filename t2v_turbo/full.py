@@ -32,6 +32,7 @@ class FullStudent(Student):
         self.teacher, self.rank, self.config = teacher, 0, None
         self.whole, self.sampling = [], {}
         self.frozen = None if empty else copy.deepcopy(teacher.denoiser)
+        vars(teacher.denoiser).pop("fused_ids", None)    # they identify the frozen copy alone
         if not empty: teacher.denoiser.float().requires_grad_(True)
 
 # %% ../nbs/25_full.ipynb #1db4e51f

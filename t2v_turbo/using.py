@@ -145,7 +145,11 @@ def _check_wan(folder, form):
 
     from t2v_turbo.saved import read_student
     from t2v_turbo.teachers.folders import network_on_meta
-    teacher = read_student(folder)[0]["teacher"]
+    meta = read_student(folder)[0]
+    teacher = meta["teacher"]
+    if not meta["rank"]: raise UserError(
+        f"--form {form} is for students with LoRA, but every weight of the student in "
+        f"{str(folder)!r} was trained: give --form folder")
     net = network_on_meta(teacher)
     if net is not None and type(net) is not WanTransformer3DModel: raise UserError(
         f"--form {form} is for students of Wan, but {str(folder)!r} has teacher {teacher!r}, a "
@@ -198,12 +202,12 @@ def _rewards_and_recipes():
     for n, f in FACTS.items():
         yield _LINE.format(n, "", _gb(weights_of(reward_on_meta(n))), f"{f.licence}; {f.weights}")
     yield "\nrecipes of `distill`"
-    for n, r in RECIPES.items(): yield f"{n:22}{r.about}"
+    for n, r in RECIPES.items(): yield f"{n:25}{r.about}"
 
 def print_list()->int: # 0
     "Print teachers, students, rewards and recipes: download, memory, licence and source"
     for line in chain(_models(), _rewards_and_recipes()): print(line, flush=True)
-    print("\nA download is of float32 files; `sample` fetches half of it in float16 where the hub "
+    print("\nA download is that for float32; `sample` fetches half of it in float16 where the hub "
           "has such files. A student also needs its teacher, and is bound by its licence.")
     return 0
 

@@ -24,6 +24,7 @@ from t2v_turbo.core import make_gen
 from t2v_turbo.export import export_lora, export_stock, fold_w
 from t2v_turbo.files import UserError
 from t2v_turbo.full import make_student
+from t2v_turbo.identity import weights_ids
 from t2v_turbo.pipeline import T2VTurboPipeline
 from t2v_turbo.saved import load_student, save_student
 from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2, tiny_wan
@@ -269,6 +270,23 @@ def test_the_names_of_comfyui(wan, tmp_path):
         torch.testing.assert_close(m.bias + shift, want[f"{n}.bias"], atol=1e-5, rtol=0)
 
 
+def test_a_full_student_of_a_style_is_known_by_its_own_weights(wan, tmp_path):
+    "The fused files identify the frozen copy; what was trained has a fingerprint of its own, in training, saved and merged"
+    style = f"{wan}/style/style.safetensors=.8"
+    student = make_student(t := load_teacher(wan/"wan", teacher_lora=style), 0)
+    fused, before = load_teacher(wan/"wan", teacher_lora=style).fingerprints(), t.fingerprints()
+    assert student.fingerprints == fused and weights_ids(student.frozen) == fused
+    def saved(name):
+        save_student(student, tmp_path/name)
+        return T2VTurboPipeline.from_pretrained(tmp_path/name).fingerprint()
+    start = saved("a")
+    with torch.no_grad():
+        for p in student.trainable().values(): p.mul_(1.1)
+    with student.as_teacher() as teacher: assert teacher.fingerprints() == fused
+    assert before != t.fingerprints() != fused and weights_ids(student.merged()) == weights_ids(t.denoiser) != fused
+    assert start != saved("b") and load_student(tmp_path/"b").fingerprints == fused
+
+
 def test_a_run_and_a_cache_of_another_style_are_refused(wan, tmp_path, capsys):
     "Other strengths and other files; the same file in another place goes on, and so does a cache that no denoiser made"
     style, moved = wan/"style/style.safetensors", tmp_path/"moved.safetensors"
@@ -309,5 +327,10 @@ def test_what_no_other_program_can_read(wan, folders, tmp_path, capsys):
     for form in ("lora", "comfyui"):
         said = refused(capsys, "export", tmp_path/"ms", tmp_path/"out", "--form", form)
         assert f"--form {form} is for students of Wan" in said and "give --form folder" in said
+    save_student(full := make_student(load_teacher(wan/"wan"), 0), tmp_path/"full")
+    for form in ("lora", "comfyui"):
+        said = refused(capsys, "export", tmp_path/"full", tmp_path/"out", "--form", form)
+        assert f"--form {form} is for students with LoRA" in said and "was trained: give --form folder" in said
+    with pytest.raises(UserError, match="has no LoRA, since every weight of it was trained"): export_lora(full, tmp_path/"out")
     said = refused(capsys, "export", wan/"wan", tmp_path/"out", "--form", "lora")
     assert "no student in" in said and not (tmp_path/"out").exists()

@@ -16,7 +16,7 @@ from t2v_turbo.options import options_of
 from t2v_turbo.plan import GB, RESERVE, predict
 from t2v_turbo.recipes import GPUS, RECIPES, left_to_teacher, setup_of
 from t2v_turbo.running import read_config
-from t2v_turbo.standins import tiny_modelscope, tiny_videocrafter2, tiny_wan
+from t2v_turbo.standins import tiny_modelscope, tiny_sana, tiny_videocrafter2, tiny_wan, tiny_wan22
 from t2v_turbo.teachers.folders import DEFAULTS
 from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2
 from t2v_turbo.teachers.wan import save_wan
@@ -91,7 +91,8 @@ def test_the_predictor_says_so(name):
 
 
 def test_what_has_no_recipe_does_not_fit():
-    assert HELD["wan-48gb"]["total"] - 1 + RESERVE > GPUS[24].memory and not {"wan-16gb", "wan-24gb"} & RECIPES.keys()
+    for n in ("wan-48gb", "sana-48gb"): assert HELD[n]["total"] - 1 + RESERVE > GPUS[24].memory
+    assert HELD["wan2.2-80gb"]["total"] > GPUS[48].memory and all(r.gpu > 24 for n, r in RECIPES.items() if n.startswith(("wan", "sana")))
     assert all(HELD[n]["total"] + RESERVE > GPUS[24].memory for n, r in RECIPES.items() if r.settings.get("rank") == 0)
 
 
@@ -116,6 +117,8 @@ def layouts(tmp_path_factory):
     convert_videocrafter2(at / "model.ckpt", at / "videocrafter2", 16, at / "merges.txt")
     tiny_modelscope(at / "modelscope")
     save_wan(tiny_wan(), at / "wan")
+    save_wan(tiny_wan22(), at / "wan2.2")
+    tiny_sana(at / "sana")
     (at / "clips").mkdir()
     for i, (clip, caption) in enumerate(zip(*World("train", 0, 33, 32).batch(0, 2))):
         write_video(at / f"clips/{i}.mp4", clip, 8)
@@ -128,7 +131,8 @@ def layouts(tmp_path_factory):
 def test_two_steps_of_a_recipe_in_small(name, layouts, tmp_path):
     "On its published layout with its own precision, switches and frames; the rewards of the tiny world stand in, and prompts for caches"
     s, kind = RECIPES[name].settings, name.split("-")[0]
-    small = dict(modelscope=["--frames", 8], videocrafter2=["--frames", 8, "--height", 16, "--width", 16], wan=["--frames", 17, "--height", 32, "--width", 32], tiny=[])[kind]
+    flow = lambda n: ["--frames", 17, "--height", n, "--width", n]
+    small = {"modelscope": ["--frames", 8], "videocrafter2": ["--frames", 8, "--height", 16, "--width", 16], "wan": flow(32), "wan2.2": flow(64), "sana": flow(32), "tiny": []}[kind]
     data = [] if kind == "tiny" else ["--data", layouts / ("prompts.txt" if "data" in s else "clips"), "--teacher", layouts / kind, "--vocabulary", "",
                                       "--reward", "tiny-image,tiny-video", "--accumulate", min(2, s["accumulate"])]
     words = ["distill", "--recipe", name, *data, *small, "--steps", 2, "--batch", 2, "--teacher_steps", 2, "--track", "", "--eval_every", 0, "--out", tmp_path / "o"]

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import launching
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -151,6 +152,50 @@ def test_dropout_drops_in_training_alone(tmp_path):
     (l0, g0, x0), (l1, g1, x1), (l2, g2, _), (l3, _, _) = grads(0.), grads(.1), grads(.1, 2), grads(.1, step=1)
     assert l0 != l1 and l1 != l3 and torch.equal(x0, x1)
     assert abs(l1 - l2) < 1e-5 and (g1 - g2).norm() < 1e-4 * g1.norm() and (g1 - g0).norm() > 1e-3 * g0.norm()
+
+
+TWO_STEPS = """
+import json, os, sys
+if os.environ.get("ACCELERATE_USE_FSDP"): sys.path.insert(0, sys.argv[3]); import cpu_fsdp
+import torch
+from t2v_turbo import train
+from t2v_turbo.distill import Objective
+from t2v_turbo.saved import whole
+from t2v_turbo.train import Config, Trainer
+made = train.make_student
+def moved(*args):                          # away from B = 0, before anything is sharded
+    student, gen = made(*args), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in student.trainable().values(): p.add_(.02 * torch.randn(p.shape, generator=gen))
+    return student
+train.make_student = moved
+where, more = sys.argv[1], json.loads(sys.argv[2])
+t = Trainer(Config(out=where, steps=2, batch=2, seed=3, lr=1e-4, track="", objective=Objective(beta_vid=0.), **more))
+rows = [dict(row) for row in t.fit()]
+params = [whole(p.detach()) for p in t.params]
+if t.accelerator.is_main_process:
+    torch.save(dict(n=t.accelerator.num_processes, sharded=t.sharded, rows=rows, params=params), where + ".pt")
+"""
+
+
+@pytest.mark.parametrize("more, engines", [(dict(rank=0), ["ddp"]), (dict(rank=4, lora_dropout=.3), ["ddp", "fsdp2"])], ids=["full", "dropout"])
+def test_two_processes_take_the_steps_of_one(tmp_path, more, engines):
+    "Every weight, or LoRA under dropout, sharded or not: losses of two steps to 1e-5, and the same weights"
+    script = tmp_path / "two.py"; script.write_text(TWO_STEPS)
+    words = lambda name, more=more: (tmp_path / name, json.dumps(more), ROOT / "tests")
+    got = lambda name: torch.load(tmp_path / f"{name}.pt", weights_only=True)
+    assert subprocess.run([sys.executable, script, *map(str, words("one"))], env=ENV, timeout=300).returncode == 0
+    one = got("one")
+    for name in engines:
+        if name == "fsdp2": launching.launch(name, script=script, more=words(name))
+        else: assert (run := launch(2, script, *words(name))).returncode == 0, run.stderr[-2000:]
+        two = got(name)
+        assert (two["n"], two["sharded"]) == (2, name == "fsdp2") and len(two["rows"]) == len(one["rows"]) == 2
+        for a, b in zip(one["rows"], two["rows"]): assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 * a["grad_norm"]
+        assert sum((p - q).square().sum() for p, q in zip(one["params"], two["params"])) < 1e-6 * sum(p.square().sum() for p in one["params"])
+    if "lora_dropout" not in more: return
+    assert subprocess.run([sys.executable, script, *map(str, words("none", more | dict(lora_dropout=0.)))], env=ENV, timeout=300).returncode == 0
+    assert all(abs(a["loss"] - b["loss"]) > 1e-3 for a, b in zip(one["rows"], got("none")["rows"]))        # masks are seen in the loss
 
 
 def test_a_full_student_leaves_its_folder_as_any_other(tmp_path):

@@ -23,6 +23,8 @@ TEACHERS = {                            # name: title, kind of its defaults, dat
     "modelscope": ("ModelScopeT2V, 256x256, 16 frames", "modelscope", "80.62 / 82.15 / 74.47"),
     "videocrafter2": ("VideoCrafter2, 320x512, 16 frames", "videocrafter2", "81.01 / 82.57 / 74.76"),
     "wan": ("Wan 2.1 1.3B, 480x832, 81 frames", "wan", ""),
+    "wan2.2": ("Wan 2.2 TI2V-5B, 704x1280, 121 frames", "wan", ""),
+    "sana": ("SANA-Video 2B, 480x832, 81 frames", "wan", ""),
 }
 VIDEO = dict(modelscope="ViCLIP", videocrafter2="InternVideo2")
 BEFORE = {
@@ -31,6 +33,15 @@ BEFORE = {
                      "([the real teachers](real_teachers.ipynb) has the downloads).",
     "wan": "The teacher is fetched from the hub by the recipe itself. Its text encoder is four times as large as its transformer, so both caches come first, "
            "or `--data prompts.txt`, which makes them.",
+    "wan2.2": "The teacher is fetched from the hub by the recipe itself, 34 GB. Both caches come first, or `--data prompts.txt`, which makes them.",
+    "sana": "The teacher is fetched from the hub by the recipe itself; its text encoder is Gemma 2, under Gemma's terms ¿. Both caches come first, or `--data prompts.txt`, "
+            "which makes them. A student can be exported as nothing but our own folder: SANA-Video's network takes the guidance scale as an input.",
+}
+SMALLEST = {                            # why no smaller GPU has a recipe
+    "wan": "There is no recipe for 16 or 24 GB: with both caches and everything recomputed a step still takes {total:.1f} GB, its peak in {highest}, and an 8-bit optimiser "
+           "saves less than 1 GB of them. Fewer frames or a smaller size fit, and are another task than the teacher's.",
+    "wan2.2": "There is no recipe for less than 80 GB: with both caches and everything recomputed a step still takes {total:.1f} GB, its peak in {highest}.",
+    "sana": "There is no recipe for 16 or 24 GB: with both caches and everything recomputed a step still takes {total:.1f} GB, its peak in {highest}.",
 }
 
 
@@ -137,10 +148,10 @@ def against(kind):
             ("LoRA", "", f"rank {d.rank}, dropout {PAPER['lora_dropout']:g}"),
             ("VBench, 4 steps: total / quality / semantic", vbench, "open"),
             ("time and memory", "not published", "predicted above; measured: open")]
-    told = dict(modelscope=("2, 3", "rank 32 (`app_ms.py`); its training was not released"), videocrafter2=("1, 2", "rank 64, dropout 0.1 (code)"),
-                wan=("", ""))[kind]
+    told = dict(modelscope=("2, 3", "rank 32 (`app_ms.py`); its training was not released"),
+                videocrafter2=("1, 2", "rank 64, dropout 0.1 (code)")).get(kind, ("", ""))
     rows = [(a, dict(zip(("weights of the rewards", "LoRA"), told)).get(a, b), c) for a, b, c in rows]
-    if kind == "wan": rows = [(a, "" if a and a not in ("steps, learning rate", "solver skip") else b, c) for a, b, c in rows]
+    if kind in SMALLEST: rows = [(a, "" if a and a not in ("steps, learning rate", "solver skip") else b, c) for a, b, c in rows]
     lines = [f"| {' | '.join(r)} |" for r in rows]
     return "\n".join([lines[0], "| --- | --- | --- |", *lines[1:]])
 
@@ -148,15 +159,15 @@ def against(kind):
 def teacher(kind, held):
     title = TEACHERS[kind][0]
     text = [f"## {title}\n\n{BEFORE[kind]}"]
-    if kind == "wan": text.append(
-        f"There is no recipe for 16 or 24 GB: with both caches and everything recomputed a step still takes {held['wan-48gb']['total']:.1f} GB, "
-        f"its peak in {held['wan-48gb']['highest']}, and an 8-bit optimiser saves less than 1 GB of them. Fewer frames or a smaller size fit, and are another task than the teacher's.")
+    if kind in SMALLEST: text.append(SMALLEST[kind].format(**held[of(kind)[0]]))
     return "\n\n".join(text)
 
 
 def compared(kind):
     words = {"modelscope": "Paper: T2V-Turbo (MS), appendix A and tables 1 and 4.", "videocrafter2": "Paper: T2V-Turbo (VC2), appendix A and tables 1 and 4.",
-             "wan": "There is no published T2V-Turbo for Wan; the objective is the paper's, but for the range of guidance scales, which lies around Wan's own, 5."}
+             "wan": "There is no published T2V-Turbo for Wan; the objective is the paper's, but for the range of guidance scales, which lies around Wan's own, 5.",
+             "wan2.2": "There is no published T2V-Turbo for Wan; the objective is that of Wan 2.1 here.",
+             "sana": "There is no published T2V-Turbo for SANA-Video; the objective is that of Wan 2.1 here. Its guidance scale enters through the network's own input."}
     return (f"### Ours against the paper: {TEACHERS[kind][0].split(',')[0]}\n\n{words[kind]} The published code spreads the losses over fixed processes, which weights "
             "them 1 : 1 : 2/3 for betas of 1 and 2; `--match_official` does the same on any number of GPUs.\n\n" + against(kind))
 
