@@ -66,7 +66,7 @@ def recipes():
 def teacher_of(name):
     "The plan's name of the teacher of a recipe"
     given = RECIPES[name].settings["teacher"]
-    return HUB[split_name(given)[0]][0] if split_name(given) else given
+    return HUB[split_name(given)[0]] if split_name(given) else given
 
 
 def keys():
@@ -170,7 +170,7 @@ class Counted(Ours, Rehearsal):
     "The same without values and device, for `plan`"
     def __init__(self, cfg, made, kind, texts):
         self.given(made[0], kind, texts)
-        self.away = {}
+        self.away, self.todo = {}, {}
         Trainer.__init__(self, cfg, *made[1:])
     def _model(self, image_reward, video_reward): return Trainer._model(self, image_reward, video_reward)
 

@@ -9,6 +9,7 @@ __all__ = ['TEACHERS', 'STUDENTS', 'MERGES', 'Source', 'Published', 'published_s
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from .teachers.videocrafter2 import convert_videocrafter2
 class Source:
     "Where the weights of a model come from"
     at:str      # `owner/name`, or `owner/name/file`, on the hub; empty: in this package
-    gb:float    # size of the float32 download, 10^9 bytes
+    gb:float    # size of the float32 download, 10^9 bytes; nan: not listed here
     licence:str # of the weights, as listed on the hub
 
 _FREE, _PACKAGE = "Apache-2.0", "Apache-2.0, as the package"
@@ -36,7 +37,10 @@ TEACHERS = {
     "modelscope": Source("ali-vilab/text-to-video-ms-1.7b", 7.35, "CC-BY-NC-4.0"),
     "videocrafter2": Source("VideoCrafter/VideoCrafter2/model.ckpt", 7.4,
                             "Apache-2.0; its code is for research only"),
-    "wan2.1-1.3b": Source("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 28.9, _FREE)}
+    "wan2.1-1.3b": Source("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 28.9, _FREE),
+    "wan2.2-5b": Source("Wan-AI/Wan2.2-TI2V-5B-Diffusers", nan, "Apache-2.0, not verified"),
+    "sana-2b": Source("Efficient-Large-Model/SANA-Video_2B_480p_diffusers", nan,
+                      "see its page; Gemma's terms for the text encoder")}
 
 # %% ../nbs/26_names.ipynb #5ec1a61a
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def _models():
         for n, s in table.items():
             of = getattr(s, "teacher", n)
             told = f"{s.licence}; {s.at or 'in this package'}" + (f", of {of}" if of != n else "")
-            yield _LINE.format(n, _gb(s.gb*1e9) if s.at else "", memory[of], told)
+            yield _LINE.format(n, _gb(s.gb*1e9) if s.at and s.gb > 0 else "", memory[of], told)
         yield ""
 
 def _rewards_and_recipes():
