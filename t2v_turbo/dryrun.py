@@ -139,9 +139,9 @@ class Rehearsal(Trainer):
 @patch
 def _here(self:Rehearsal, file):
     "Test whether a LoRA file is here, and note it otherwise"
-    _, name = tried(lambda: local_file(file))
-    if name is not None: self.away[f"teacher: {file}"] = name
-    return name is None
+    _, away = tried(lambda: local_file(file))
+    if away: self.away[f"teacher: {file}"] = file
+    return not away
 
 @patch
 def _in_sizes(self:Rehearsal, name, loras):
