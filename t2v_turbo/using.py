@@ -172,7 +172,7 @@ def export(o:ExportOptions, # student and form
     return 0
 
 # %% ../nbs/77_using.ipynb #f2f7c66d
-_LINE = "{:22}{:>9}{:>8}  {}"
+_LINE = "{:24}{:>9}{:>8}  {}"
 
 def _gb(n): return f"{n/1e9:.1f} GB" if n > 1e8 else f"{n/1e6:.0f} MB"
 
@@ -198,7 +198,7 @@ def _rewards_and_recipes():
     for n, f in FACTS.items():
         yield _LINE.format(n, "", _gb(weights_of(reward_on_meta(n))), f"{f.licence}; {f.weights}")
     yield "\nrecipes of `distill`"
-    for n, r in RECIPES.items(): yield f"{n:22}{r.about}"
+    for n, r in RECIPES.items(): yield f"{n:24}{r.about}"
 
 def print_list()->int: # 0
     "Print teachers, students, rewards and recipes: download, memory, licence and source"

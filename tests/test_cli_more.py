@@ -85,4 +85,4 @@ def test_list(capsys, monkeypatch):
     for n, s in (TEACHERS | STUDENTS).items():
         assert s.licence in rows[n] and s.at in rows[n] and f"{sizes[getattr(s, 'teacher', n)] / 1e9:.1f} GB" in rows[n]
     assert " 0.2 GB " in rows["t2v-turbo-ms"] and all(f.licence in rows[n] and f.weights in rows[n] and " 8 MB " in rows[n] for n, f in FACTS.items())
-    assert {f"{n:22}{r.about}" for n, r in RECIPES.items()} <= {*lines}
+    assert {f"{n:24}{r.about}" for n, r in RECIPES.items()} <= {*lines}
