@@ -10,7 +10,7 @@ This script has not run on a GPU yet: there was none where it was written. `--sm
 
 Rows, each in a process of its own, so that one that runs out of memory is recorded as such and the next one starts afresh:
 train      optimiser steps of a recipe with the library's own `Trainer`: published sizes, random weights, random clips or cached latents;
-           in bfloat16 and in float16, as it is and with the denoiser compiled. Clips, captions and caches are in memory, so reading data is not
+           in bfloat16 and in float16, as it is and with the denoiser compiled (without LoRA dropout, whose masks cannot be). Clips, captions and caches are in memory, so reading data is not
            measured. `GB` is the allocator's peak, `plan` is what `t2v-turbo plan` predicts of the same step. A recipe for several GPUs is measured
            with the clips of one of them.
 published  a step of the published recipe, written from the equations (bench/train_step.py), at the same sizes, one clip; ModelScopeT2V and VideoCrafter2
@@ -66,7 +66,7 @@ def recipes():
 def teacher_of(name):
     "The plan's name of the teacher of a recipe"
     given = RECIPES[name].settings["teacher"]
-    return HUB[split_name(given)[0]][0] if split_name(given) else given
+    return HUB[split_name(given)[0]] if split_name(given) else given
 
 
 def keys():
@@ -107,6 +107,7 @@ def settings_of(name, dtype, compiled):
     objective = Objective(**{k: v for k, v in (own | s).items() if k in goals})
     apart = ("teacher", "variant", "reward", "vocabulary", "data", "texts", "fps", "frames", "height", "width", "objective")
     given = {k: v for k, v in ({n: own[n] for n in ("lr", "lr_schedule", "rank")} | s).items() if k in mine and k not in apart}
+    if compiled: given["lora_dropout"] = 0.
     given |= dict(dtype=dtype, compile=int(compiled), batch=s["batch"]//gpus, steps=10_000, track="", objective=objective)
     return given, s
 
@@ -170,7 +171,7 @@ class Counted(Ours, Rehearsal):
     "The same without values and device, for `plan`"
     def __init__(self, cfg, made, kind, texts):
         self.given(made[0], kind, texts)
-        self.away = {}
+        self.away, self.todo = {}, {}
         Trainer.__init__(self, cfg, *made[1:])
     def _model(self, image_reward, video_reward): return Trainer._model(self, image_reward, video_reward)
 

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['PACKAGE', 'TYPES', 'SAID', 'defined', 'Option', 'help_of', 'taken_from', 'constant', 'declared', 'Verb', 'options_of',
            'located', 'Flag', 'add_option', 'add_options', 'nearest', 'Parser', 'parser_of', 'made', 'objects_of',
-           'check_sampling', 'check_seed', 'named']
+           'command_of', 'check_sampling', 'check_seed', 'named']
 
 # %% ../nbs/73_options.ipynb #5cfcdc52
 import argparse
 import ast
 import difflib
 import math
+import os
+import shlex
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -304,6 +306,28 @@ def objects_of(v:Verb,      # a command
     own = dict(v.own) | values
     if v.make: return located(v.make)(own)
     return tuple(made(located(c), own) for c in v.classes)
+
+# %% ../nbs/73_options.ipynb #6f381013
+def command_of(verb:str, # "distill"
+               *objects, # dataclasses of its settings
+               own=(),   # pairs (setting, default) that differ for this verb
+              )->str:
+    "Format the command that has these settings, without those that are defaults"
+    from t2v_turbo.core import pick_dtype
+    words, defaults = ["t2v-turbo", *verb.split()], dict(own)
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if n > 1: words = ["accelerate", "launch", "--num_processes", str(n), "-m", "t2v_turbo.cli",
+                       *verb.split()]
+    for o in objects:
+        where = f"{type(o).__module__.removeprefix('t2v_turbo.')}:{type(o).__name__}"
+        for option in declared(where):
+            name, v = option.name, getattr(o, option.name)
+            auto = name == "dtype" and v == str(pick_dtype()).removeprefix("torch.")
+            if name in getattr(o, "left", ()) or v == defaults.get(name, option.default): continue
+            if name == "dry_run" or auto and verb != "cache": continue
+            if option.flag: words.append(f"--{'' if v else 'no-'}{name}")
+            else: words += [f"--{name}" * (not option.place), shlex.quote(f"{v}")]
+    return " ".join(w for w in words if w)
 
 # %% ../nbs/73_options.ipynb #4b073dd8
 def check_sampling(steps=None,  # network calls a clip; the next three: `None` where not given

@@ -164,19 +164,6 @@ def cache(o:CacheOptions, # the cache to compute
                       at_once=o.at_once, verify=bool(o.verify), rank=state.process_index,
                       num_processes=state.num_processes, progress=state.is_main_process, **more))
 
-# %% ../nbs/76_preparing.ipynb #48c52ebd
-def _prompts_in(cfg):
-    "Open the prompts of a run; `None` if its data is something else"
-    from t2v_turbo.data.sources import Prompts, source_class
-    if not cfg.data or (Path(cfg.data) / "cache.json").is_file(): return None
-    return Prompts(cfg.data, cfg.seed) if source_class(cfg.data) is Prompts else None
-
-def _complete(folder, n, **settings):
-    "Test whether a cache of these settings has all its samples"
-    from t2v_turbo.data.cache import open_cache
-    try: return len(open_cache(folder, **settings)) == n
-    except UserError: return False
-
 # %% ../nbs/76_preparing.ipynb #f24e37a3
 def from_prompts(cfg,           # a `Config`
                  samples:int=0, # latents in all; 0: one of each prompt
@@ -184,34 +171,24 @@ def from_prompts(cfg,           # a `Config`
                  also:tuple=(), # more captions to encode
                 ):              # a `Config` with two caches if the data is prompts, else `cfg`
     "Let the teacher sample and encode the prompts of a run, once"
-    from dataclasses import replace
-
-    from t2v_turbo.teachers.folders import defaults_of
-    if (source := _prompts_in(cfg)) is None: return cfg
-    if cfg.scale_x0: raise UserError("scale_x0 is for latents of real clips, and the data are "
-                                     "prompts: leave it out, or give clips")
-    given = cfg.texts and (Path(cfg.texts) / "cache.json").is_file()
-    texts, latents = cfg.texts if given else f"{cfg.out}/texts", f"{cfg.out}/latents"
-    words = list(dict.fromkeys([*source.prompts, *also]))
-    how:dict = dict(w=defaults_of(cfg.teacher).guidance, steps=steps, seed=cfg.seed)
-    todo = []
-    if not _complete(latents, samples or len(source), data=source, **how):
-        todo.append(("samples", source, latents, samples or None, how))
-    if not given and not _complete(texts, len({"", *words})):
-        todo.append(("text", words, texts, None, {}))
+    from t2v_turbo.data.build import caches_of_prompts
+    new, todo = caches_of_prompts(cfg, samples, steps, also)
     if todo: _make(cfg, todo)
-    return replace(cfg, data=latents, texts=texts)
+    return new
 
 # %% ../nbs/76_preparing.ipynb #945db01b
 def _make(cfg, todo):
     "Compute the caches of a run with one teacher, which is dropped at the end"
+    from t2v_turbo.checkpoints import check_claim
     from t2v_turbo.data.build import build_cache
     from t2v_turbo.engines import choose_engine
+    check_claim(cfg.out)
     engine = choose_engine(cfg.out, cfg.track, cfg.optimizer)
     engine.rows(cfg.batch, cfg.accumulate)            # raises before hours of sampling
     state = engine.accelerator
     o = CacheOptions("samples", cfg.out, cfg.teacher, frames=cfg.frames, height=cfg.height,
-                     width=cfg.width, fps=cfg.fps, variant=cfg.variant, dtype_of_teacher=cfg.dtype)
+                     width=cfg.width, fps=cfg.fps, variant=cfg.variant, dtype_of_teacher=cfg.dtype,
+                     teacher_lora=cfg.teacher_lora)
     teacher = _cache_teacher(o, state.device)
     for kind, source, folder, n, how in todo:
         build_cache(kind, teacher, source, folder, n, cfg.batch, rank=state.process_index,

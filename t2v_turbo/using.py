@@ -176,7 +176,7 @@ def export(o:ExportOptions, # student and form
     return 0
 
 # %% ../nbs/77_using.ipynb #f2f7c66d
-_LINE = "{:22}{:>9}{:>8}  {}"
+_LINE = "{:24}{:>9}{:>8}  {}"
 
 def _gb(n): return f"{n/1e9:.1f} GB" if n > 1e8 else f"{n/1e6:.0f} MB"
 
@@ -190,7 +190,7 @@ def _models():
         for n, s in table.items():
             of = getattr(s, "teacher", n)
             told = f"{s.licence}; {s.at or 'in this package'}" + (f", of {of}" if of != n else "")
-            yield _LINE.format(n, _gb(s.gb*1e9) if s.at else "", memory[of], told)
+            yield _LINE.format(n, _gb(s.gb*1e9) if s.at and s.gb > 0 else "", memory[of], told)
         yield ""
 
 def _rewards_and_recipes():

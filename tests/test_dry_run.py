@@ -9,16 +9,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import hub
+import loras
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
-from t2v_turbo import cli, dryrun
+from t2v_turbo import cli, dryrun, engines
 from t2v_turbo.checkpoints import claim
 from t2v_turbo.cli import main
 from t2v_turbo.core import write_video
 from t2v_turbo.data.tars import write_shards
 from t2v_turbo.files import UserError
 from t2v_turbo.standins import tiny_modelscope
+from t2v_turbo.teachers.folders import load_teacher
 
 PACKAGE = Path(dryrun.__file__).parent
 SMALL = ["--batch", "2", "--rank", "2", "--eval_every", "0", "--track", ""]
@@ -46,6 +50,12 @@ def at(tmp_path_factory):
     tiny_modelscope(at/"ms")
     for kind, more in (("text", []), ("latents", []), ("pairs", ["--k", "50"])):
         assert main(["cache", kind, str(at/kind), "--samples", "4", "--batch", "2", *more]) == 0
+    net = load_teacher("tiny").denoiser
+    layers = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and not n.endswith("cond_proj")][-3:]
+    loras.diffusers(loras.random_lora(net, layers), at/"style.safetensors", net)
+    save_file({"transformer.nowhere.lora_A.weight": torch.ones(1, 3), "transformer.nowhere.lora_B.weight": torch.ones(3, 1)}, at/"wrong.safetensors")
+    quick = ["--steps", "1", *SMALL, "--repeats", "1"]
+    assert main(["distill", "--out", str(at/"made"), *quick, "--data", str(at/"prompts.txt"), "--samples", "2", "--teacher_steps", "2"]) == 0
     assert main(["cache", "text", str(at/"few"), "--data", str(at/"prompts.txt")]) == 0
     assert main(["distill", "--out", str(at/"run"), "--steps", "1", *SMALL, "--repeats", "1", "--data", str(at/"clips")]) == 0
     for name, text in dict(later=dict(format=99), earlier=dict(format=1, step=0)).items():
@@ -61,7 +71,7 @@ def at(tmp_path_factory):
 # words: what the sentence holds. {at} is the folder of the fixture; --out is {at}/new unless it is given
 OF_THE_RUN = {
     "--steps 0": "steps is 0", "--batch 0": "batch is 0", "--accumulate 0": "accumulate is 0", "--workers 0": "workers is 0", "--save_every 0": "save_every is 0",
-    "--max_skipped 0": "max_skipped is 0", "--mix -1": "mix is -1", "--rank 0": "rank", "--out ''": "out is empty", "--lr 0": "lr is 0", "--clip 0": "clip is 0",
+    "--max_skipped 0": "max_skipped is 0", "--mix -1": "mix is -1", "--rank -1": "rank is -1", "--out ''": "out is empty", "--lr 0": "lr is 0", "--clip 0": "clip is 0",
     "--seed -1": "seed is -1", "--ema 1": "ema is 1", "--dtype int8": "dtype 'int8'", "--optimizer sgd": "optimizer 'sgd'", "--lr_schedule up": "lr_schedule 'up'",
     "--missing x": "missing 'x'", "--track paper": "track 'paper'", "--save_memory x": "save_memory 'x'", "--keep 0": "keep is 0",
     "--beta_img -1": "beta_img is -1", "--k 7": "k", "--w_min 3 --w_max 1": "w range", "--image_frames 0": "image_frames is 0", "--video_frames -1": "video_frames is -1",
@@ -76,7 +86,18 @@ OF_THE_RUN = {
     "--teacher {at}/model": "is not a diffusers model", "--frames 16": "frames 16 is not possible", "--height 64 --width 64": "is not possible",
     "--teacher {at}/ms --height 30 --beta_img 0 --beta_vid 0": "multiples of 8", "--teacher {at}/ms --scale_x0 1 --beta_img 0 --beta_vid 0": "scale_x0 is for VideoCrafter2",
     "--teacher {at}/ms --width 64 --height 32 --beta_img 0 --beta_vid 0": "square", "--data {at}/none": "does not exist", "--data {at}/odd.pt": "is not of a known kind",
-    "--data {at}/empty": "empty", "--data {at}/lonely": "gone.mp4", "--data {at}/prompts.txt": "holds prompts without clips", "--data {at}/blank.txt": "holds no prompt", "--data {at}/both": "both tars and videos",
+    "--data {at}/empty": "empty", "--data {at}/lonely": "gone.mp4", "--data {at}/blank.txt": "holds no prompt", "--data {at}/both": "both tars and videos",
+    "--warmup 500": "warmup is 500 but the run has 500 steps", "--warmup -1": "warmup is -1", "--lora_dropout 1": "give a probability", "--lora_dropout .1 --rank 0": "rank 0 trains without LoRA",
+    "--lora_dropout .1 --compile 1": "cannot be compiled", "--teacher_lora {at}/none.safetensors": "no LoRA file", "--teacher_lora {at}/odd.pt": "formats other than safetensors",
+    "--teacher_lora {at}/style.safetensors=x": "FILE=strength", "--teacher_lora {at}/wrong.safetensors": "is not a LoRA for 'tiny'", "--teacher_lora {at}/empty": "holds 0 files of LoRA",
+    "--out {at}/run --data {at}/clips --teacher_lora {at}/style.safetensors": "was made with another teacher",
+    "--data {at}/prompts.txt --scale_x0 1": "scale_x0 is for latents of real clips", "--data {at}/prompts.txt --samples -1": "samples is -1",
+    "--data {at}/prompts.txt --teacher_steps 0": "teacher_steps is 0", "--data {at}/prompts.txt --teacher_steps 1001": "steps is 1001: give 1 to 1000",
+    "--data {at}/prompts.txt --batch 3 --accumulate 2": "in 2 pieces", "--data {at}/prompts.txt --teacher {at}/ms": "has no image and no video reward",
+    "--data {at}/prompts.txt --prompts {at}/latin1.txt": "is not UTF-8", "--data {at}/prompts.txt --teacher_lora {at}/wrong.safetensors": "is not a LoRA for 'tiny'",
+    "--data {at}/prompts.txt --out {at}/odd.pt": "cannot write to the output folder", "--data {at}/prompts.txt --samples 2 --teacher_steps 3 --out {at}/made": "was built with steps 2, not 3",
+    "--data {at}/prompts.txt --samples 1 --teacher_steps 2 --out {at}/made": "a cache can grow, not shrink",
+    "--data {at}/prompts.txt --samples 2 --teacher_steps 2 --out {at}/made --teacher_lora {at}/style.safetensors": "was built with denoiser",
     "--data {at}/text": "is a cache of texts", "--data {at}/pairs": "k 50, not 20", "--data {at}/pairs --k 50 --teacher tiny-flow": "was built with", "--mix 2": "has no option mix",
     "--image_frames 9": "image_frames", "--window 9": "window", "--texts {at}/latents": "is a cache of latents", "--texts {at}/none": "none",
     "--texts {at}/few": "captions to look at", "--batch 3 --accumulate 2": "in 2 pieces", "--out {at}/odd.pt": "cannot write to the output folder",
@@ -152,6 +173,7 @@ def test_a_full_disk(at, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 10))
     told = refusal([*words("", at), "--dry_run"])
     assert "GB are needed (checkpoints" in told and "make room" in told
+    assert "cache of samples 0.0 GB, cache of text 0.0 GB" in refusal([*words("--data {at}/prompts.txt", at), "--dry_run"])
 
 
 def test_a_gpu_that_is_too_small(at, monkeypatch):
@@ -161,19 +183,33 @@ def test_a_gpu_that_is_too_small(at, monkeypatch):
     assert "1.5 GB to spare, but the device has 1.0 GB: `t2v-turbo plan --teacher tiny` lists the flags that fit" in told
 
 
+def test_a_gpu_too_small_for_full_fine_tuning(at, monkeypatch):
+    monkeypatch.setattr(dryrun, "room_of", lambda device: 2**20)
+    told = refusal([*words("--rank 0", at), "--dry_run"])
+    assert "full fine-tuning of 'tiny' keeps" in told and "give a LoRA rank such as --rank 32" in told
+
+
+def test_full_fine_tuning_under_fsdp(at, monkeypatch):
+    monkeypatch.setattr(engines.Plain, "sharded", True)
+    told = refusal([*words("--rank 0", at), "--dry_run"])
+    assert "which FSDP does not shard" in told and refusal(words("--rank 0", at)) == told
+
+
 NOT_HERE = dict(
     watch={"keep_best"},                                    # a checkpoint that someone deleted while the run went on
     checkpoints={"claim_together"},                         # repeats the sentence of `claim` on other processes
     engines={"__init__"},                                   # FSDP2 with an 8-bit optimiser: the rehearsal makes the same engine
     optimizer=set() if not find_spec("bitsandbytes") else {"make_optimizer"},
     memory={"save_memory"}, distill={"__init__"},           # two calls in Python that no option makes
-    **{"data/sources": {"__next__"}, "rewards/names": {"reward_named"}})   # a broken source, and an option in Python
+    full={"__init__"},                                      # a teacher that carries a student, in Python
+    **{"data/build": {"_check_options", "check", "size", "_room"},      # settings that a run does not have; its disk is checked with the checkpoints'
+       "data/sources": {"__next__"}, "rewards/names": {"reward_named"}})   # a broken source, and an option in Python
 
 
 def test_every_function_of_the_path_that_refuses_was_seen_refusing():
     "Of the modules that only training uses; run the whole file for it"
     if len(RAISED) < 12: pytest.skip("needs the tests above")
-    for module in "config distill running watch checkpoints memory optimizer engines train data/sources rewards/names".split():
+    for module in "config distill running watch checkpoints memory optimizer engines train full data/build data/sources rewards/names".split():
         defs = [f for f in ast.walk(ast.parse((PACKAGE/f"{module}.py").read_text())) if isinstance(f, ast.FunctionDef)]
         raising = {f.name for f in defs for n in ast.walk(f) if isinstance(n, ast.Raise) and "UserError(" in ast.unparse(n)}
         assert not (unseen := raising - RAISED.get(module, set()) - NOT_HERE.get(module, set())), f"{module}: no case makes {unseen} refuse"
@@ -211,6 +247,61 @@ def test_a_folder_of_another_class(at, capsys):
     assert "clips 8x32x32" in (out := capsys.readouterr().out) and "--accumulate 4" in out.splitlines()[-1]
 
 
+def test_prompts_alone_with_a_lora(at, tmp_path, capsys):
+    "Nothing is made, the run then makes the caches that were promised, and the same cache is promised again if it is lost"
+    argv = ["distill", "--out", str(tmp_path/"o"), *SMALL, "--data", str(at/"prompts.txt"), "--samples", "3", "--teacher_steps", "2", "--steps", "2", "--warmup", "1", "--repeats", "1",
+            "--lr_schedule", "cosine", "--teacher_lora", f"{at/'style.safetensors'}=0.5"]
+    assert main([*argv, "--dry_run"]) == 0 and not (tmp_path/"o").exists()
+    out = capsys.readouterr().out
+    assert "3 latents of" in out and "to be made (8x8x8), captioned 'a red circle moving left'" in out and "cache of samples" in out and "with " in out
+    assert cli.read(shlex.split(out.splitlines()[-1].removeprefix("ready: t2v-turbo ")))[1] == cli.read(argv)[1]
+    assert main(argv) == 0
+    for lost in ((), ("latents", "texts")):
+        for name in lost: shutil.rmtree(tmp_path/"o"/name)
+        before = tree(tmp_path/"o")
+        assert main([*argv, "--dry_run"]) == 0 and tree(tmp_path/"o") == before
+        assert ("to be made" in capsys.readouterr().out) == bool(lost)
+    assert "was made with another data" in refusal([*argv, "--samples", "2", "--dry_run"])     # of the checkpoint
+
+
+@pytest.mark.parametrize("more", ["--rank 0 --ema .9", "--lora_dropout .1 --warmup 499", "--lr_schedule cosine --warmup 2 --steps 3"])
+def test_schedules_dropout_and_full_fine_tuning(at, more, capsys):
+    "In the two steps, too; memory is that of the run"
+    assert main([*words(f"--data {at}/clips {more} --eval_every 0", at), "--dry_run"]) == 0 and not (at/"new").exists()
+    out = capsys.readouterr().out
+    assert "in small, loss" in out and "not finite" not in out and more.split(" --")[0] in out.splitlines()[-1].replace("0.", ".")
+
+
+AWAY = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("wan2.2-5b", "blocks.0.attn1.to_q", 3072), "Efficient-Large-Model/SANA-Video_2B_480p_diffusers": (
+    "SanaVideoTransformer3DModel", "transformer_blocks.0.attn1.to_q", 2240)}
+
+
+@pytest.mark.parametrize("teacher", AWAY)
+def test_new_teachers_that_are_not_here(at, teacher, tmp_path, monkeypatch, capsys):
+    "Their sizes count, a LoRA is compared with their layers, and their classes take the two steps"
+    (kind, layer, width), made = AWAY[teacher], []
+    monkeypatch.setattr(dryrun, "small_teacher", lambda kind, folder, make=dryrun.small_teacher: made.append(kind) or make(kind, folder))
+    save_file({f"transformer.{layer}.lora_A.weight": torch.ones(1, width), f"transformer.{layer}.lora_B.weight": torch.ones(width, 1)}, tmp_path/"style.safetensors")
+    argv = words(f"--teacher {teacher} --beta_img 0 --beta_vid 0 --height 64 --width 64 --frames 9 --data {at}/prompts.txt --samples 2 --dtype bfloat16 --eval_every 0", at)
+    assert main([*argv, "--teacher_lora", str(tmp_path/"style.safetensors"), "--dry_run"]) == 0 and made == [kind] and not (at/"new").exists()
+    out = capsys.readouterr().out
+    assert f"to fetch  {teacher}\n" in out and "clips 9x64x64" in out and "in small, loss" in out
+    assert f"is not a LoRA for {teacher!r}" in refusal([*argv, "--teacher_lora", str(at/"wrong.safetensors"), "--dry_run"])
+    assert "multiples of 32" in refusal([*argv, "--height", "48", "--dry_run"])
+
+
+def test_a_lora_that_is_not_here(at, capsys):
+    assert main([*words(f"--data {at}/clips --eval_every 0 --teacher_lora owner/model/style.safetensors,{at}/style.safetensors", at), "--dry_run"]) == 0
+    assert "to fetch  owner/model/style.safetensors\n" in capsys.readouterr().out
+    assert "is not a LoRA" in refusal([*words(f"--teacher_lora owner/model/style.safetensors,{at}/wrong.safetensors", at), "--dry_run"])
+
+
+def test_one_table_of_sizes():
+    from t2v_turbo.names import STUDENTS, TEACHERS
+    for s in (*TEACHERS.values(), *STUDENTS.values()):
+        if s.at: assert dryrun.gb_of(s.at) == s.gb or s.gb != s.gb
+
+
 def test_tars_get_no_index(at, capsys):
     write_shards(at/"clips", at/"tars")
     before = tree(at)
@@ -226,7 +317,7 @@ def test_the_hub_is_not_asked(at, tmp_path):
         run = subprocess.run([sys.executable, "-m", "t2v_turbo.cli", *argv], env=hub.environment(h, tmp_path/"home"), capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
         assert h.log == [] and not list((tmp_path/"home").rglob("*.*")) and not (at/"none").exists()
-    assert "ali-vilab/text-to-video-ms-1.7b (at most 7.3 GB), xswu/HPSv2 (at most 2 GB), OpenGVLab/ViCLIP (at most 1.7 GB)" in run.stdout
+    assert "ali-vilab/text-to-video-ms-1.7b (at most 7.35 GB), xswu/HPSv2 (at most 2 GB), OpenGVLab/ViCLIP (at most 1.7 GB)" in run.stdout
     assert run.stdout.splitlines()[-1].startswith("ready: t2v-turbo distill --out") and "denoiser 5.3" in run.stdout
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'FIELDS', 'row_sums', 'shard_path', 'write_shard', 'read_head', 'shard_fault', 'key_of', 'shard_rows',
-           'read_about', 'require_same', 'claim_folder', 'resume_source', 'keep_record', 'list_faults', 'verify_cache',
-           'merge_manifest', 'cache_bytes']
+           'read_about', 'require_same', 'check_folder', 'claim_folder', 'resume_source', 'keep_record', 'list_faults',
+           'verify_cache', 'merge_manifest', 'cache_bytes']
 
 # %% ../../nbs/47_cache_files.ipynb #892a70a2
 import hashlib
@@ -151,10 +151,10 @@ def _replaced(old, about):
             and all(old[k] == about.get(k) for k in keys))
 
 # %% ../../nbs/47_cache_files.ipynb #34db53ef
-def claim_folder(folder,     # of a cache to build or to resume
+def check_folder(folder,     # of a cache to build or to resume
                  about:dict, # its intended index
-                )->Path:
-    "Write the index of a cache, or require that an existing index is the same"
+                )->bool:     # whether the index has to be written
+    "Raise `UserError` if a folder holds anything but the same cache; write nothing"
     folder, old = Path(folder), None
     full = folder.exists() and any(not p.name.startswith(".tmp-") for p in folder.iterdir())
     if (folder/"cache.json").is_file(): old = read_about(folder)  # perhaps just written by another
@@ -169,9 +169,14 @@ def claim_folder(folder,     # of a cache to build or to resume
     if old and old["samples"] > about["samples"]:
         raise UserError(f"the cache {str(folder)!r} has {old['samples']} samples already: a cache "
                         "can grow, not shrink")
-    if not old or replaced or old["samples"] < about["samples"]:
-        write_json(folder/"cache.json", about)
-    return folder
+    return not old or replaced or old["samples"] < about["samples"]
+
+def claim_folder(folder,     # of a cache to build or to resume
+                 about:dict, # its intended index
+                )->Path:
+    "Write the index of a cache, or require that an existing index is the same"
+    if check_folder(folder, about): write_json(Path(folder)/"cache.json", about)
+    return Path(folder)
 
 # %% ../../nbs/47_cache_files.ipynb #46c1c763
 def resume_source(folder, # of a cache
