@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from huggingface_hub import constants
 from transformers import CLIPTextModel
 
+# %% ../nbs/75_dryrun.ipynb #747d1986
 from . import train
 from .ablate import ablation_todo, cell_config
 from .checkpoints import check_claim

@@ -9,7 +9,6 @@ __all__ = ['TEACHERS', 'STUDENTS', 'MERGES', 'Source', 'Published', 'published_s
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from math import nan
 from pathlib import Path
 
 import torch
