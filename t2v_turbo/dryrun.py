@@ -174,7 +174,8 @@ def _source(self:Rehearsal, teacher):
 def _contexts(self:Rehearsal, teacher):
     "Make contexts from the teacher, from a cache of texts, or from a promised one"
     if self.cfg.texts not in self.todo: return Trainer._contexts(self, teacher)
-    with replaced.object(train, "open_texts", self._promise): return Trainer._contexts(self, teacher)
+    with replaced.object(train, "open_texts", self._promise):
+        return Trainer._contexts(self, teacher)
 
 # %% ../nbs/75_dryrun.ipynb #f5a02a54
 @patch
