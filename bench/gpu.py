@@ -138,7 +138,7 @@ def networks(name, cfg, s, device, small, folder):
     dtype, saved, texts = getattr(torch, cfg["dtype"]), "rewards" in savings_of(cfg.get("save_memory", "")), s.get("reward", planned_defaults(teacher_of(name)).reward)
     size = (s["height"], s["width"]) if s.get("height") else None
     if small:
-        kind = dict(zip(("modelscope", "videocrafter2"), ("UNet3DConditionModel", "videocrafter2"))).get(teacher_of(name), "WanTransformer3DModel")
+        kind = {"modelscope": "UNet3DConditionModel", "wan2.1-1.3b": "WanTransformer3DModel", "sana-2b": "SanaVideoTransformer3DModel"}.get(teacher_of(name), teacher_of(name))
         if not (folder/name).is_dir(): small_teacher(kind, folder/name)
         teacher, rewards = load_teacher(folder/name, dtype=dtype, frames=9), small_rewards(texts, dtype, saved)
         return (teacher.to(device), *(r if r is None else r.to(device) for r in rewards))
