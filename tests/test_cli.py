@@ -216,7 +216,7 @@ def random_list(folder, base):
 def test_convert_lora(tmp_path, capsys, monkeypatch):
     "A list for ModelScopeT2V: its base comes from the hub, or from a copy that is named; the student remembers which"
     ms, fetched = tiny_modelscope(tmp_path / "ms"), []
-    monkeypatch.setattr(folders, "fetch_folder", lambda name, *_: fetched.append(name) or str(ms))
+    monkeypatch.setattr(folders, "fetch_folder", lambda name, *_, **__: fetched.append(name) or str(ms))
     torch.save(random_list(ms, "ms"), tmp_path / "unet_lora.pt")
     words, hub = ["convert", "lora", f"{tmp_path}/unet_lora.pt", "--base", "ms"], "ali-vilab/text-to-video-ms-1.7b"
     assert main([*words, f"{tmp_path}/a"]) == 0 and fetched == [hub]
@@ -232,7 +232,7 @@ def test_convert_lora(tmp_path, capsys, monkeypatch):
     assert "is there already" in refused(capsys, *words, tmp_path / "a")
     assert len(fetched) == 2                               # a mistake is told before anything is fetched
     assert "is a list for base 'ms'" in refused(capsys, *words[:3], "--base_folder", ms, tmp_path / "d")
-    def offline(name, *_): raise folders.UserError("offline")
+    def offline(name, *_, **__): raise folders.UserError("offline")
     monkeypatch.setattr(folders, "fetch_folder", offline)
     assert f"no folder '{hub}'" in refused(capsys, *words, tmp_path / "d")
     assert not (tmp_path / "d").exists()

@@ -193,7 +193,7 @@ def test_the_best_look_is_what_is_reported(tmp_path, monkeypatch, capsys):
 
 # --- options that messages recommend ------------------------------------------------------------------
 
-FOREIGN = {"--mixed_precision", "--no-deps", "--no-"}            # of accelerate, of pip, and the start of every flag that is off
+FOREIGN = {"--mixed_precision", "--num_processes", "--no-deps", "--no-"}  # of accelerate, of pip, and the start of every flag that is off
 
 
 def flags():

@@ -89,6 +89,7 @@ COMMANDS = list(dict.fromkeys(shown()))
 # Classes, by the first pattern that fits. "ours": checked against the options there are. Every other class says why a test does not run it.
 CLASSES = {
     r"(accelerate launch|torchrun) .*t2v_turbo\.cli": "ours",
+    r"accelerate launch --mixed_precision bf16$": "a flag of accelerate, named in a sentence",
     r"t2v-turbo ": "ours",
     r"hf download ": "hub",
     r"git clone |cd t2v_turbo$": "a copy of the repository stands for it, in tools/newcomer.py",
@@ -97,7 +98,7 @@ CLASSES = {
     r"pip download --no-deps open_clip_torch": "the fixture clip_vocabulary does it",
     r"pytest( --full)?$": "is this suite",
     r"python3\.10 -m venv vbench-env|\. vbench-env|pip install (\"setuptools|torch torchvision|--no-build)|for d in|do vbench|vbench ": "VBench has an environment of its own",
-    r"python tools/(newcomer|environments)\.py|python bench/": "takes minutes to hours; the tests of tools and bench run them in small",
+    r"python tools/(newcomer|environments|recipes)\.py|python bench/": "takes minutes to hours; the tests of tools and bench run them in small",
 }
 
 
