@@ -110,7 +110,8 @@ def teacher_on_meta(name:str="modelscope", # one of `TEACHERS`, or an argument o
         make, own, hw = TEACHERS[name]
         frames, size = check_whole("frames", frames or own), tuple(size or hw)
         with torch.device("meta"): parts = [cast(p, dtype) for p in make(size)]
-        if make is _unet_parts: kind, own, size = Teacher, vc2_scheduler(), check_size(size, 8)
+        if isinstance(parts[0], UNet3DConditionModel):
+            kind, own, size = Teacher, vc2_scheduler(), check_size(size, 8)
         else: kind, own = teacher_class(*parts[:2]), flow_scheduler()
         teacher = kind(name, *parts, NoWords(), own, frames, size=size)
     teacher.fingerprints = dict                       # without values there is no fingerprint

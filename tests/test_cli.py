@@ -284,7 +284,7 @@ def test_paths_and_numbers_that_cannot_be_meant(capsys, tmp_path):
     assert "w is nan: give a number" in refused(capsys, "sample", "--w", "nan")
     assert "give 0 to 2^63 - 1" in refused(capsys, "sample", "--seed", 10**20)
     (tmp_path / "p.txt").write_text("a red circle moving left\n")
-    for name, v in dict(frames=-1, height=-8, batch=0, rank=0, gpu="nan", tflops=-1).items():
+    for name, v in dict(frames=-1, height=-8, batch=0, rank=-1, gpu="nan", tflops=-1).items():
         assert f"{name} is {float(v) if name in ('gpu', 'tflops') else v}: give " in refused(capsys, "plan", f"--{name}", v)
     assert "steps is 0: give 1 to 1000" in refused(capsys, "cache", "samples", tmp_path / "c", "--steps", 0, "--data", tmp_path / "p.txt")
     assert "at_once is -1: give 0 or more" in refused(capsys, "cache", "text", tmp_path / "c", "--at_once", -1, "--samples", 4)
