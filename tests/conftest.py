@@ -18,7 +18,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 # The suite's core runs in every environment of tools/environments.py: these files without what takes long and depends on no version, a few tests of
 # others, and what is marked where it stands (the notebooks of the method, the table of versions).
-CORE = """caches cli clip_rewards colab_cell core data defaults distill folders golden hub identity names oracle peft_beside_torchao pipeline plan published rate sampling sana student
+CORE = """caches cli clip_rewards colab_cell core data defaults distill folders golden hub identity oracle peft_beside_torchao pipeline plan published rate sampling sana student
 teachers train_step tutorials video_rewards videos wan windows world""".split()
 LONG = """test_a_cache_takes_the_text_encoder_away test_killed_and_gone_on_is_bit_identical test_meta_counts_what_a_cpu_counts test_one_step_and_four test_the_goal_at_full_size
 test_who_is_compared_is_where_the_student_is test_within_a_fifth_of_what_a_process_takes""".split()
