@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from t2v_turbo import ablate as grids
@@ -16,9 +15,9 @@ from t2v_turbo.options import options_of
 from t2v_turbo.plan import GB, RESERVE, predict
 from t2v_turbo.recipes import GPUS, RECIPES, left_to_teacher, setup_of
 from t2v_turbo.running import read_config
-from t2v_turbo.standins import tiny_modelscope, tiny_sana, tiny_videocrafter2, tiny_wan, tiny_wan22
+from t2v_turbo.small import small_teacher
+from t2v_turbo.standins import tiny_modelscope, tiny_sana, tiny_wan, tiny_wan22
 from t2v_turbo.teachers.folders import DEFAULTS
-from t2v_turbo.teachers.videocrafter2 import convert_videocrafter2
 from t2v_turbo.teachers.wan import save_wan
 from t2v_turbo.train import Config
 from t2v_turbo.world import World
@@ -112,9 +111,7 @@ def test_the_page_is_of_today(tmp_path, monkeypatch):
 def layouts(tmp_path_factory):
     "Teachers in the published layouts, clips and prompts"
     at = tmp_path_factory.mktemp("layouts")
-    torch.save(dict(state_dict=tiny_videocrafter2()), at / "model.ckpt")
-    (at / "merges.txt").write_text("#version\np a\npa n\npan d\npand a</w>\na n\nan d</w>\n")
-    convert_videocrafter2(at / "model.ckpt", at / "videocrafter2", 16, at / "merges.txt")
+    small_teacher("videocrafter2", at / "videocrafter2")
     tiny_modelscope(at / "modelscope")
     save_wan(tiny_wan(), at / "wan")
     save_wan(tiny_wan22(), at / "wan2.2")

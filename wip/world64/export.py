@@ -1,9 +1,8 @@
 """Averaged weights in half precision: `python export.py --vae V --teacher T --out ship`"""
-import argparse
-from pathlib import Path
-
 import torch
 from safetensors.torch import save_file
+
+from look import parser
 
 
 def half(weights: dict) -> dict:
@@ -13,11 +12,7 @@ def half(weights: dict) -> dict:
 
 def main() -> None:
     "Write `vae.safetensors` and `teacher.safetensors` and say their sizes"
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--vae", type=Path, required=True)
-    p.add_argument("--teacher", type=Path, required=True)
-    p.add_argument("--out", type=Path, required=True)
-    a = p.parse_args()
+    a = parser(__doc__).parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     state = torch.load(a.teacher)
     for name, weights in (("vae", torch.load(a.vae)), ("teacher", state["ema"])):

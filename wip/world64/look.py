@@ -34,12 +34,17 @@ def clips_of(teacher: Teacher, vae, captions: list, seed: int, steps: int, w: fl
         return vae.decode(sample(teacher.net, context, nothing, noise, steps, w)).float()
 
 
+def parser(about: str) -> argparse.ArgumentParser:
+    "Options of a script that reads both networks and writes something"
+    p = argparse.ArgumentParser(description=about)
+    for name in ("vae", "teacher", "out"):
+        p.add_argument(f"--{name}", type=Path, required=True)
+    return p
+
+
 def main() -> None:
     "Write the sheet"
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--vae", type=Path, required=True)
-    p.add_argument("--teacher", type=Path, required=True)
-    p.add_argument("--out", required=True)
+    p = parser(__doc__)
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--w", type=float, default=2.5)
     p.add_argument("--n", type=int, default=24)

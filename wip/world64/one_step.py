@@ -2,14 +2,11 @@
 
 Rows: a clip, then its prediction from each of `TIMES`, with the mean squared errors of 16 clips.
 """
-import argparse
-from pathlib import Path
-
 import torch
 
 import world
 from diffusion import angle_of, mixed, per_clip, target
-from look import load_teacher
+from look import load_teacher, parser
 from nets import tokens
 from sheets import sheet
 from train_teacher import load_vae
@@ -20,10 +17,7 @@ TIMES = (.5, .7, .85, .92, .96)
 @torch.no_grad()
 def main() -> None:
     "Write the sheet"
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--vae", type=Path, required=True)
-    p.add_argument("--teacher", type=Path, required=True)
-    p.add_argument("--out", required=True)
+    p = parser(__doc__)
     p.add_argument("--n", type=int, default=4)
     a = p.parse_args()
     teacher, vae = load_teacher(a.teacher), load_vae(a.vae)
