@@ -158,12 +158,11 @@ def _shared(cfg, o, looks):
         raise UserError(f"{str(path)!r} is of an ablation with other settings ({', '.join(odd)}): "
                         "choose another --out")
     for cell in cells(o, cfg): check_rewards(cell_config(cfg, cell))   # raises for bad values, too
-    return path, mine
+    return mine
 
-def _settle(cfg, o, looks):
+def _settle(cfg, shared):
     "Write the settings that the cells share"
-    path, mine = _shared(cfg, o, looks)
-    try: write_json(path, mine)
+    try: write_json(Path(cfg.out) / "ablation.json", shared)
     except OSError as e: raise UserError(f"cannot write to {cfg.out!r} ({e.strerror}): choose "
                                          "another --out") from None
 
@@ -243,7 +242,7 @@ def _run_all(cfg, todo, looks, steps, free):
 def ablation_todo(cfg:Config,         # shared by all cells; `out` is the folder of the ablation
                   o:AblateOptions,    # the varied settings
                   looks:WatchOptions, # how students are judged
-                 )->tuple:            # unfinished cells, numbers of sampling steps
+                 )->tuple:            # unfinished cells, numbers of steps, settings they share
     "List what an ablation has left to do; raise `UserError` for bad settings, write nothing"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("ablate starts its own processes: run it without accelerate launch")
@@ -253,17 +252,17 @@ def ablation_todo(cfg:Config,         # shared by all cells; `out` is the folder
     for n in steps:                                          # raises before anything is trained
         if n < 1: raise UserError(f"student_steps is {n}: give 1 to 16")
         replace(looks, student_steps=n)
-    _shared(cfg, o, looks)
+    shared = _shared(cfg, o, looks)
     done = lambda c: (Path(cell_config(cfg, c).out) / "rows.json").is_file()  # already done
-    return [c for c in todo if not done(c)], steps
+    return [c for c in todo if not done(c)], steps, shared
 
 def ablate(cfg:Config,         # shared by all cells; `out` is the folder of the ablation
            o:AblateOptions=AblateOptions(), # the varied settings
            looks:WatchOptions=WatchOptions(eval_every=0, clips_each=4), # how students are judged
           )->list:             # a row for each cell and number of sampling steps
     "Train and judge every unfinished cell of a grid"
-    todo, steps = ablation_todo(cfg, o, looks)
-    _settle(cfg, o, looks)
+    todo, steps, shared = ablation_todo(cfg, o, looks)
+    _settle(cfg, shared)
     _run_all(cfg, todo, looks, steps, _devices(o.jobs))
     return collect(cfg.out)
 

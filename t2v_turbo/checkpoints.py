@@ -25,6 +25,7 @@ from accelerate.utils import broadcast_object_list
 from fastcore.basics import patch
 
 from .files import UserError, atomic, sweep, write_json
+from .hub import standing
 
 try:
     import fcntl
@@ -165,9 +166,8 @@ def claim_together(folder:str|Path, # output folder of a run; created if missing
 def blocked(folder, # that exists, or will be made
            )->str:  # a reason; empty: it can be written
     "Return why a folder cannot be written, without writing anything"
-    at = Path(folder).absolute()
-    if at.is_file(): return os.strerror(errno.EEXIST)
-    while not at.exists(): at = at.parent
+    if Path(folder).is_file(): return os.strerror(errno.EEXIST)
+    at = standing(folder)
     if not at.is_dir(): return os.strerror(errno.ENOTDIR)
     disk = os.statvfs(at) if hasattr(os, "statvfs") else None      # /proc and the like are no disks
     if disk and (not disk.f_blocks or disk.f_flag & os.ST_RDONLY): return os.strerror(errno.EROFS)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KNOWN', 'LORA_NAMES', 'split_name', 'nearest', 'weight_sets', 'pick', 'components', 'wanted', 'status_of', 'refused',
            'in_words', 'Unreached', 'unreached', 'offline', 'cached', 'read_index', 'lacking', 'bars', 'amount',
-           'commit_of', 'fetch_folder', 'fetch_file', 'lora_files']
+           'standing', 'commit_of', 'fetch_folder', 'fetch_file', 'lora_files']
 
 # %% ../nbs/14_hub.ipynb #b4f33566
 import difflib
@@ -215,11 +215,17 @@ def amount(n:float, # bytes
     i = next((i for i in range(3) if n < 999.5*1000**i), 3)
     return f"{n/1000**i:.{0 if i == 0 else 1}f} {('bytes', 'kB', 'MB', 'GB')[i]}"
 
+def standing(path:str|Path, # may not exist yet
+            )->Path:
+    "Return the path itself, or the nearest folder above it that exists"
+    path = Path(path).absolute()
+    while not path.exists(): path = path.parent
+    return path
+
 def _announce(name, sizes, at):
     "Report the size of a download; raise `UserError` if the disk is too full"
     new = {f: n for f, n in sizes.items() if not (at/f).exists()}
-    total, home = sum(new.values()), Path(constants.HF_HUB_CACHE).absolute()
-    while not home.exists(): home = home.parent
+    total, home = sum(new.values()), standing(constants.HF_HUB_CACHE)
     if (free := shutil.disk_usage(home).free) < total:
         raise UserError(f"{name!r} needs {amount(total)} but {str(home)!r} has room for "
                         f"{amount(free)}: make room, or set HF_HOME to another disk")

@@ -93,13 +93,15 @@ def distill(cfg=None,     # a `train.Config`
     "Train a student, judge it, and write its settings, `results.json` and `report.html`"
     from t2v_turbo.checkpoints import claim_together
     from t2v_turbo.config import warn_of_words
-    from t2v_turbo.dryrun import dry_run
     from t2v_turbo.rewards.names import reward_named
     from t2v_turbo.rewards.tiny import REWARD_KINDS
     from t2v_turbo.train import Config, Trainer
     from t2v_turbo.watch import WatchOptions, look_every, look_prompts
     cfg, extra, looks = cfg or Config(), extra or DistillOptions(), looks or WatchOptions()
-    if extra.dry_run: dry_run(cfg, extra, looks); return {}
+    if extra.dry_run:
+        from t2v_turbo.dryrun import dry_run
+        dry_run(cfg, extra, looks)
+        return {}
     given = cfg
     if extra.match_official: cfg = replace(cfg, objective=cfg.objective.as_published())
     every = look_every(cfg, looks)               # these lines raise on bad input
@@ -212,8 +214,9 @@ def ablate(cfg,   # a `train.Config`; `out` is the folder of the ablation
           )->int: # 0
     "Train and judge a grid of students, and print the means over seeds"
     from t2v_turbo.ablate import ablate, ablation_table
-    from t2v_turbo.dryrun import dry_ablate
-    if o.dry_run: return dry_ablate(cfg, o, looks, ABLATE)
+    if o.dry_run:
+        from t2v_turbo.dryrun import dry_ablate
+        return dry_ablate(cfg, o, looks, ABLATE)
     out = Path(cfg.out)
     try: print(ablation_table(ablate(cfg, o, looks)))
     finally:                                   # `ablation.json` exists once settings are accepted

@@ -32,7 +32,7 @@ from .distill import Distillation, Objective, StepOut, draw
 from .dropout import LoRADropout
 from .engines import choose_engine
 from .files import UserError, atomic, write_json
-from .full import check_full, make_student
+from .full import check_full, make_student, room_of
 from .identity import differing, reward_identity, same_teacher, teacher_identity
 from .memory import save_memory, savings_of
 from .meter import peak_gb
@@ -158,8 +158,7 @@ def _teacher(self:Trainer):
     teacher = load_teacher(cfg.teacher, bool(cfg.scale_x0), getattr(torch, cfg.dtype), **more,
                            frames=cfg.frames or None, size=size, fps=cfg.fps or None,
                            teacher_lora=cfg.teacher_lora)
-    if device.type == "cuda" and not cfg.rank:
-        check_full(teacher, torch.cuda.get_device_properties(device).total_memory)
+    if not cfg.rank and (room := room_of(device)): check_full(teacher, room)
     return teacher
 
 # %% ../nbs/58_train.ipynb #58bffff5

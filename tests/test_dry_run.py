@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from t2v_turbo import cli, dryrun, engines
+from t2v_turbo import cli, dryrun, engines, train
 from t2v_turbo.checkpoints import claim
 from t2v_turbo.cli import main
 from t2v_turbo.core import write_video
@@ -184,7 +184,7 @@ def test_a_gpu_that_is_too_small(at, monkeypatch):
 
 
 def test_a_gpu_too_small_for_full_fine_tuning(at, monkeypatch):
-    monkeypatch.setattr(dryrun, "room_of", lambda device: 2**20)
+    monkeypatch.setattr(train, "room_of", lambda device: 2**20)
     told = refusal([*words("--rank 0", at), "--dry_run"])
     assert "full fine-tuning of 'tiny' keeps" in told and "give a LoRA rank such as --rank 32" in told
 
