@@ -1,7 +1,7 @@
 """The check in three fresh environments: `python tools/environments.py [floors] [colab] [newest] [--python PATH] [--keep FOLDER]`
 
-floors   every requirement of settings.ini at its floor; the suite's core
-colab    what Colab has (tests/colab-*.txt), where the notebooks' own cell installs the package; two notebooks, the suite's core
+floors   every requirement of settings.ini at its floor; the suite's core without its slow tests
+colab    what Colab has (tests/colab-*.txt), where the notebooks' own cell installs the package; two notebooks, the same tests
 newest   the newest of everything, with the development extra; the whole suite
 
 Any Python from 3.11 on may start it. Each environment has a Python of its own, which is looked for on PATH, among pyenv's versions and in
@@ -74,7 +74,7 @@ def venv(base, folder):
 
 def make(name, base, folder):
     "An environment; its Python, and what pytest is given"
-    core = ["--full", "-m", "core"]
+    core = ["-m", "core"]
     if name == "colab":                                     # its first notebook installs the package
         sh(sys.executable, ROOT / "tools/colab.py", "--python", base, "--keep", folder, "quickstart", "touch")
         pip(python := folder / "venv/bin/python", "-q", *TESTS)

@@ -176,15 +176,20 @@ class VideoNet(nn.Module):
         self.end = _zero(nn.Conv2d(mending, CHANNELS, 3, padding=1))
         self.register_buffer("offsets", relative_places(), persistent=False)
 
-    def forward(self, z: Tensor, phi: Tensor, context: Tensor) -> Tensor:
-        "Latents of unit variance `(b 16 8 8 8)`, angles `(b,)` in [0, pi/2], words `(b n 96)`"
+    def forward(self, z: Tensor, phi: Tensor, context: Tensor, at: Tensor | None = None) -> Tensor:
+        """Latents of unit variance `(b 16 t 8 8)`, angles `(b,)` in [0, pi/2], words `(b n 96)`
+
+        A clip has 8 frames; a single frame (t = 1) may be one of them, number `at` `(b,)`.
+        """
         b, _, t = z.shape[:3]
+        when = self.frame if at is None else self.frame[at][:, None]
+        offsets = self.offsets[:16 * t, :16 * t]
         c = self.mix(self.time(sinusoid(phi * 2 / math.pi)) + self.text(context.sum(1)))
         frames = z.transpose(1, 2).flatten(0, 1)
         x = F.pixel_unshuffle(frames, 2).flatten(2).transpose(1, 2)           # (b t) 16 64
-        x = (self.patch_in(x).unflatten(0, (b, t)) + self.place + self.frame).flatten(1, 2)
+        x = (self.patch_in(x).unflatten(0, (b, t)) + self.place + when).flatten(1, 2)
         for block in self.blocks:
-            x = block(x, c, self.offsets)
+            x = block(x, c, offsets)
         x = self.patch_out(_shifted(x, *self.last(c).unsqueeze(1).chunk(2, -1)))
         x = x.view(b * t, 16, -1).transpose(1, 2).unflatten(2, (4, 4))
         x = F.pixel_shuffle(x, 2)

@@ -18,7 +18,8 @@ from diffusion import angle_of, draw_times, mixed, target
 from loop import train
 from nets import CHANNELS, LONGEST, SIDE, PatchVAE, TextEncoder, VideoNet, tokens
 
-BATCH, NEW, EVERY, FIRST = 32, 32, 8, 2048  # clips a step; 32 new ones every 8 steps
+BATCH, NEW, EVERY, FIRST = 32, 32, 8, 4096  # clips a step; 32 new ones every 8 steps
+IMAGES, IMAGE_SHIFT = 256, .2  # frames a step; 8 times fewer looks at a scene need less noise
 SHAPE = (CHANNELS, world.FRAMES, SIDE, SIDE)
 
 
@@ -64,14 +65,14 @@ class Pool:
         return torch.from_numpy(self.z[at]).float(), torch.from_numpy(self.ids[at])
 
 
-def loss(teacher: Teacher, x: Tensor, ids: Tensor, gen: torch.Generator,
-         drop: float = .1) -> Tensor:
+def loss(teacher: Teacher, x: Tensor, ids: Tensor, gen: torch.Generator, drop: float = .1,
+         shift: float = 1.2, at: Tensor | None = None) -> Tensor:
     "Squared error of the predicted v; captions are dropped now and then"
     e = torch.randn(x.shape, generator=gen)
-    phi = angle_of(draw_times(len(x), gen))
+    phi = angle_of(draw_times(len(x), gen, shift))
     ids = ids * (torch.rand(len(x), 1, generator=gen) >= drop)
     with torch.autocast("cpu", torch.bfloat16):
-        v = teacher.net(mixed(x, e, phi), phi, teacher.text(ids))
+        v = teacher.net(mixed(x, e, phi), phi, teacher.text(ids), at)
     return (v - target(x, e, phi)).pow(2).mean()
 
 
@@ -120,6 +121,8 @@ def main() -> None:
     p.add_argument("--hours", type=float, default=1.)
     p.add_argument("--lr", type=float, default=2e-3)
     p.add_argument("--seed", type=int, default=20)
+    p.add_argument("--images", type=int, default=3000, help="first steps: on single frames")
+    p.add_argument("--image_every", type=int, default=5, help="afterwards, one step in so many")
     a = p.parse_args()
     torch.manual_seed(a.seed)
     teacher = Teacher()
@@ -129,6 +132,11 @@ def main() -> None:
         among = FIRST + NEW * (step // EVERY)
         pool.grow(among)
         gen = world.step_gen(a.seed + 1, step)
+        if step < a.images or step % a.image_every == 0:
+            x, ids = pool.draw(IMAGES, among, gen)
+            at = torch.randint(world.FRAMES, (IMAGES,), generator=gen)
+            x = x[torch.arange(IMAGES), :, at][:, :, None]
+            return loss(teacher, x, ids, gen, shift=IMAGE_SHIFT, at=at)
         return loss(teacher, *pool.draw(BATCH, among, gen), gen)
 
     opt = MuonAndAdam(teacher, a.lr, .75 * a.lr)
