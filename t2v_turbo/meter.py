@@ -9,6 +9,7 @@ __all__ = ['Meter', 'peak_gb']
 import sys
 import weakref
 from contextlib import contextmanager
+from unittest.mock import patch as replaced
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ _FLOPS = {**flop_registry,                            # PyTorch's own, and two t
           _flash_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
               g.shape, q.shape, k.shape, v.shape)}
 
+_asked = torch.is_autocast_enabled
+def _autocasts(*kind):
+    "Report no autocast on `meta`, where PyTorch raises; transformers before 5.4 does not check"
+    return kind != ("meta",) and _asked(*kind)
+
 # %% ../nbs/50_meter.ipynb #c1d28205
 class Meter(TorchDispatchMode):
     "Count operations, and the bytes of all live tensors on one kind of device"
@@ -34,7 +40,16 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.device, self.phases, self._refs = device, {}, {}
         self.live = self.peak = self.flops = 0
+        self._autocast = replaced.object(torch, "is_autocast_enabled", _autocasts)
         for t in known: self._watch(t, count=False)
+
+    def __enter__(self):
+        self._autocast.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._autocast.stop()
+        return super().__exit__(*error)
 
     def _watch(self, t, count=True):
         s = t.untyped_storage()

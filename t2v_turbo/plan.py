@@ -93,6 +93,7 @@ def cast(net:nn.Module,     # a diffusers or transformers model
         )->nn.Module:       # the same module
     "Cast like `from_pretrained(dtype=...)`: some layers of Wan and of T5 stay in float32"
     keep = getattr(net, "_keep_in_fp32_modules", None) or ()
+    getattr(net, "tie_weights", list)()      # transformers 5.0 leaves it out on `meta`
     for n, p in net.named_parameters():
         if not any(k in n for k in keep): p.data = p.data.to(dtype)
     return net
@@ -293,8 +294,7 @@ def plan_of(model:Distillation,  # on any device, usually on `meta`
     params = list(model.student.trainable().values())
     parts = dict(denoiser=weights_of(teacher.denoiser) - bytes_of(params) + weights_of(copied),
                  adapters=bytes_of(params),
-                 vae=weights_of(teacher.vae),
-                 text=0 if cached else weights_of(teacher.text_encoder),
+                 vae=weights_of(teacher.vae), text=0 if cached else weights_of(teacher.text_encoder),
                  rewards=weights_of(model.image_reward) + weights_of(model.video_reward),
                  optimizer=optimizer_bytes(optimizer, params))
     return Plan(parts, m.phases, m.peak)
