@@ -45,7 +45,7 @@ class Pair:
 def _short(text): return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 def _manifest(folder):
-    "Map file names to prompts, from the table that `generate` writes"
+    "Map file names to prompts, from the table that `sample` and `generate` write"
     for path in (folder / "videos.csv", folder.parent / "videos.csv"):
         if path.is_file(): return {c.path.name: c.caption for c in read_table(path, look=False)}
     return {}
