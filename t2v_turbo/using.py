@@ -393,12 +393,13 @@ class RateMake:
     repeats:float = .1   # share of pairs shown twice
     parts:int = 1        # pages to deal the pairs to
     seed:int = 0         # of the deal
+    view:float = 2.      # seconds that a pair plays, or once through, before an answer counts
 
     def run(self)->int:
         "Write the page that raters open"
         from t2v_turbo.rate import find_pairs, make_page
         pairs = find_pairs(self.a, self.b)
-        for path in make_page(pairs, self.out, self.repeats, self.parts, self.seed):
+        for path in make_page(pairs, self.out, self.repeats, self.parts, self.seed, self.view):
             print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
         print(f"{len(pairs)} pairs; wins of {self.a} will be counted")
         return 0
@@ -410,6 +411,7 @@ class RateReport:
     files:tuple[str, ...]     # csv or json files of raters
     page:tuple[str, ...] = () # the html files that raters got
     names:str = "A,B"         # names of the two models, with a comma between
+    min_seconds:float = .5    # answers given faster are left out; 0 keeps all
     out:str = ""              # folder for ratings.json and ratings.png; empty: only print
 
     def run(self)->int:
@@ -418,7 +420,7 @@ class RateReport:
         from t2v_turbo.rate import print_report, rate_plot, rate_report
         names = tuple(self.names.split(","))
         if len(names) != 2: raise UserError(f"names {self.names!r}: give two, with a comma between")
-        report = rate_report(self.files, self.page, names)
+        report = rate_report(self.files, self.page, names, self.min_seconds)
         print_report(report)
         if not self.page: print("no --page given: ratings of unknown pairs were not looked for")
         if not self.out: return 0
