@@ -65,6 +65,9 @@ def test_rate(tmp_path, capsys):
     assert "win rate of new over old" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["ratings.json", "ratings.png"]
     assert main(["rate", "report", str(tmp_path / "r.csv")]) == 0 and "unknown pairs were not" in capsys.readouterr().out
+    assert main(["rate", "report", str(tmp_path / "r.csv"), "--min_seconds", "2"]) == 2 and "took less than 2.0 s" in capsys.readouterr().err
+    assert main(["rate", "make", a, b, out, "--view", "5"]) == 0 and '"view": 5.0' in (tmp_path / "s.html").read_text()
+    assert main(["rate", "make", a, b, out, "--view", "-1"]) == 2 and "view is -1.0: give 0 to 60 seconds" in capsys.readouterr().err
     assert main(["rate", "report", out]) == 2 and main(["rate", "make", a, str(tmp_path / "c"), out]) == 2
     assert main(["rate", "report", str(tmp_path / "r.csv"), "--names", "x"]) == 2
 

@@ -88,10 +88,11 @@ function gate() {                           // answers count once both have play
   const left = seen.has(shown) ? 0 : Math.max(0, study.view - watched);
   if (!left) seen.add(shown);
   const whole = Math.max(...videos.map(v => v.duration || 0)) || Infinity;
-  const text = !left ? "" : running || loading ? `answers open in ${Math.ceil(Math.min(left, whole))} s`
-    : "play both to answer";
+  const wait = Math.ceil(Math.min(left, whole));
+  const text = !left ? "" : running || loading ? `answers open in ${wait} s` : "play both to answer";
   if ($("wait").textContent !== text) $("wait").textContent = text;
-  document.querySelectorAll("[data-choice]").forEach(b => b.setAttribute("aria-disabled", left > 0));
+  for (const b of document.querySelectorAll("[data-choice]"))
+    b.setAttribute("aria-disabled", left > 0);
 }
 
 function save() {
