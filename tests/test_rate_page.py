@@ -360,7 +360,7 @@ def test_the_videos_share_a_clock(visit, page_file):
     assert len(starts) >= 2 and all(times[i][1] < .4 for i in starts)        # the second starts again with the first
 
 
-@pytest.mark.parametrize("off", [.2, -.2, 1])
+@pytest.mark.parametrize("off", [-.2, -1, 1])
 def test_a_stall_is_made_up_for(visit, tmp_path, off):
     "Within one showing of 6 s, so that no restart helps"
     page = visit(one_pair(tmp_path, 48, 48))
@@ -368,7 +368,7 @@ def test_a_stall_is_made_up_for(visit, tmp_path, off):
     until(page, "running && v1.currentTime > .5")
     page.evaluate(TIMES)
     page.evaluate(f"v2.currentTime = v1.currentTime + {off}; gaps.length = 0")
-    until(page, "gaps.some(g => g > .15) && gaps.slice(-3).every(g => g < .0625) || v1.currentTime > 5")
+    until(page, "gaps.length > 9 && gaps.slice(-5).every(g => g < .0625) || v1.currentTime > 5")
     assert page.evaluate("v1.currentTime < 5"), page.evaluate("gaps.slice(-5)")
 
 

@@ -34,8 +34,8 @@ function trials(rater) {                    // [{pair, rep, left}], the same for
 
 let state = {rater: "", answers: []}, list = [], since = 0, shown = -1;
 
-// Both videos follow one clock: the first keeps time, the second is adjusted to it, and both start
-// again when both have ended.
+// Both videos follow one clock: the first keeps time, and the speed of the second is adjusted to it.
+// After a stall of a quarter of a second both wait, and both start again when both have ended.
 const videos = [$("v1"), $("v2")], calm = matchMedia("(prefers-reduced-motion: reduce)");
 const seen = new Set();                     // trials that have played long enough for an answer
 let turn = 0, running = false, loading = false, frame = 0, watched = 0, times = [0, 0];
@@ -56,31 +56,33 @@ function play() {
   cancelAnimationFrame(frame); frame = requestAnimationFrame(tick);
   label();
 }
-async function rewind(v) {
-  if (v.error || v.currentTime === 0) return;
+async function seek(v, time) {
+  if (v.error || v.currentTime === time) return;
   const done = event(v, "seeked");
-  v.currentTime = 0;
+  v.currentTime = time;
   await done;
 }
-async function replay() {
+async function playFrom(time) {             // both wait until both are there
   if (videos.every(v => v.error)) return;
   const mine = ++turn;
   running = false; videos.forEach(v => v.pause());
-  await Promise.all(videos.map(rewind));
+  await Promise.all(videos.map(v => seek(v, time)));
   if (mine === turn) play();
 }
-function follow(v, behind) {                // adjust `v`, which is `behind` the clock by seconds
-  if (Math.abs(behind) > .25 && !v.seeking) v.currentTime += behind;
-  v.playbackRate = Math.abs(behind) < .01 ? 1 : Math.min(2, Math.max(.5, 1 + 4 * behind));
+const replay = () => playFrom(0);
+function follow(first, second) {
+  const behind = first.currentTime - second.currentTime;
+  if (Math.abs(behind) > .25) playFrom(first.currentTime);
+  else second.playbackRate = Math.abs(behind) < .01 ? 1 : 1 + 4 * behind;
 }
 function tick() {
   if (!running) return;
   const [a, b] = videos, now = videos.map(v => v.currentTime);
   if (videos.every(over)) { watch(Infinity); calm.matches ? stop() : replay(); return; }
-  if (!over(a) && !over(b)) follow(b, a.currentTime - b.currentTime);
+  if (!over(a) && !over(b)) follow(a, b);
   const moved = Math.min(...videos.map((v, i) => over(v) ? .25 : now[i] - times[i]));
   watch(Math.max(0, Math.min(.25, moved))); times = now;
-  frame = requestAnimationFrame(tick);
+  if (running) frame = requestAnimationFrame(tick);
 }
 
 function watch(seconds) { watched += seconds; gate(); }
