@@ -321,6 +321,7 @@ def rate_report(files,    # csv or json files of raters
                 questions={q: dict(asked=QUESTIONS[q], **rates[q], alpha=alpha[q],
                                    consistency=same[q], position=bias[q]) for q in QUESTIONS})
 
+# %% ../nbs/70_rate.ipynb #1dd3cd5d
 def print_report(report:dict, # from `rate_report`
                 )->None:
     "Print the report as text"

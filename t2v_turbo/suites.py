@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIDEOS', 'FLICKER_VIDEOS', 'RAW', 'PUBLISHED', 'read_suite', 'fetch_prompts', 'Job', 'video_seed', 'jobs',
-           'by_student', 'by_teacher', 'noted_videos', 'note_videos', 'processes', 'generate']
+           'by_student', 'by_teacher', 'prompt_jobs', 'noted_videos', 'note_videos', 'processes', 'generate']
 
 # %% ../nbs/69_prompts.ipynb #06cb86a3
 import csv
@@ -156,6 +156,16 @@ def by_teacher(teacher:Teacher, # on its device
     w = defaults_of(teacher).guidance if w is None else w
     return lambda prompts, seeds: torch.cat([
         sample_teacher(teacher, [p], make_gen(s), steps, w) for p, s in zip(prompts, seeds)])
+
+# %% ../nbs/69_prompts.ipynb #a3eab68b
+def prompt_jobs(prompts:list,   # `list[str]`
+                seed:int=0,     # of the first video; each further one counts up
+                ending:str="mp4", # of the files
+               )->list:         # `Job`s
+    "List file name, prompt and seed of one video for each prompt"
+    words = lambda p: "".join(c if c.isalnum() else " " for c in p).split()
+    return [Job(f"{i:03d}-{'-'.join(words(p))[:60] or 'clip'}.{ending}", p, seed + i)
+            for i, p in enumerate(prompts)]
 
 # %% ../nbs/69_prompts.ipynb #fd3e1683
 def noted_videos(folder, # with or without a `videos.csv`

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['sampled_as', 'sampling_of_pipe', 'sampling_of_student', 'device_named', 'SampleOptions', 'lora_option', 'placed',
-           'sample_jobs', 'sample', 'ExportOptions', 'export', 'print_list', 'EvaluateOptions', 'judged_student',
-           'evaluate', 'GenerateOptions', 'generate', 'VBenchCheck', 'VBenchScore', 'RateMake', 'RateReport',
-           'print_rewards', 'RewardCheck']
+           'sample', 'ExportOptions', 'export', 'print_list', 'EvaluateOptions', 'judged_student', 'evaluate',
+           'GenerateOptions', 'generate', 'VBenchCheck', 'VBenchScore', 'RateMake', 'RateReport', 'print_rewards',
+           'RewardCheck']
 
 # %% ../nbs/77_using.ipynb #f0043f92
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class SampleOptions:
             raise UserError(f"no prompt file {self.prompts!r}: give a text file, a caption a line")
         named(out=self.out)
 
-# %% ../nbs/77_using.ipynb #2e155914
+# %% ../nbs/77_using.ipynb #7e25ca74
 def lora_option(o)->dict: # options with `teacher_lora`
     "Return `teacher_lora` as a keyword, if it is given"
     return dict(teacher_lora=o.teacher_lora) if o.teacher_lora else {}
@@ -94,26 +94,18 @@ def placed(pipe,     # just loaded
     else: pipe.to(device)
     return pipe
 
-# %% ../nbs/77_using.ipynb #7e25ca74
-def sample_jobs(o:SampleOptions, # prompts, seed and format
-               )->list:          # a `Job` a prompt
-    "List file name, prompt and seed of each video; more prompts change no video"
-    from t2v_turbo.data.tables import read_prompts
-    from t2v_turbo.suites import Job
-    words = lambda p: "".join(c if c.isalnum() else " " for c in p).split()
-    return [Job(f"{i:03d}-{'-'.join(words(p))[:60] or 'clip'}.{o.format}", p, o.seed + i)
-            for i, p in enumerate(read_prompts(o.prompts) if o.prompts else [o.prompt])]
-
 def sample(o:SampleOptions=SampleOptions(), # student, prompts and options
           )->list:                          # paths of the videos
     "Sample a student; write mp4 or gif files, and `videos.csv` beside them"
     from t2v_turbo.core import as_dtype, make_gen, pick_device, write_video
+    from t2v_turbo.data.tables import read_prompts
     from t2v_turbo.pipeline import T2VTurboPipeline
-    from t2v_turbo.suites import note_videos, noted_videos
+    from t2v_turbo.suites import note_videos, noted_videos, prompt_jobs
     from t2v_turbo.teachers.tiny import WEIGHTS
     if Path(o.out).is_file(): raise UserError(f"out {o.out!r} is a file: give a folder")
     noted_videos(o.out)                  # raises before anything is loaded
-    todo, device, paths = sample_jobs(o), pick_device(), []
+    prompts = read_prompts(o.prompts) if o.prompts else [o.prompt]
+    todo, device, paths = prompt_jobs(prompts, o.seed, o.format), pick_device(), []
     pipe = T2VTurboPipeline.from_pretrained(o.student or WEIGHTS / "tiny-cd",
                                             dtype=as_dtype(o.dtype, device), **lora_option(o))
     placed(pipe, device, o.offload, o.slicing)
