@@ -169,6 +169,7 @@ def test_phone(visit, page_file, tmp_path):
     assert all(b["y"] + b["height"] <= 844 and b["x"] + b["width"] <= 390 for b in boxes)
     first, second, *buttons = boxes
     assert first["x"] == second["x"] and first["y"] + first["height"] <= second["y"] and first["width"] > 360     # stacked
+    assert boxes[4]["y"] + boxes[4]["height"] <= boxes[5]["y"]                   # the question is not covered
     assert all(b["height"] >= 44 for b in buttons if b is not boxes[4])          # large enough for a thumb
     assert [page.inner_text(f"[data-choice='{c}']").split()[-1] for c in "12"] == ["upper", "lower"]
     while page.is_visible("#trial"): page.tap(f"[data-choice='{prefer_a(page)}']")
@@ -184,12 +185,15 @@ def test_other_sizes(visit, page_file, size):
     stacked = size[0] < 640
     page.click("#go")
     until(page, "v1.readyState >= 2")
+    page.evaluate("text => { document.querySelector('#caption').textContent = text; }", EVIL)   # the longest
     shot(page, f"{size[0]}x{size[1]}")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     for s in ("#question", "[data-choice='1']", "[data-choice='2']", "[data-choice='0']"):
         box = page.locator(s).bounding_box()
         assert box["y"] >= 0 and box["y"] + box["height"] <= size[1], s      # without scrolling
     boxes = [page.locator(s).bounding_box() for s in ("#v1", "#v2")]
+    asked, choice = [page.locator(s).bounding_box() for s in ("#question", "[data-choice='1']")]
+    assert asked["y"] + asked["height"] <= choice["y"] + 1        # the buttons, which stick to the bottom, do not cover it
     assert (boxes[0]["x"] == boxes[1]["x"]) == stacked and (boxes[0]["y"] == boxes[1]["y"]) != stacked
     assert page.inner_text("[data-choice='1']").split()[-1] == ("upper" if stacked else "left")
     page.click("[data-choice='2']")
