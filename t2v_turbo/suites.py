@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VIDEOS', 'FLICKER_VIDEOS', 'RAW', 'PUBLISHED', 'read_suite', 'fetch_prompts', 'Job', 'video_seed', 'jobs',
-           'by_student', 'by_teacher', 'processes', 'generate']
+           'by_student', 'by_teacher', 'prompt_jobs', 'noted_videos', 'note_videos', 'processes', 'generate']
 
 # %% ../nbs/69_prompts.ipynb #06cb86a3
 import csv
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -157,6 +157,37 @@ def by_teacher(teacher:Teacher, # on its device
     return lambda prompts, seeds: torch.cat([
         sample_teacher(teacher, [p], make_gen(s), steps, w) for p, s in zip(prompts, seeds)])
 
+# %% ../nbs/69_prompts.ipynb #a3eab68b
+def prompt_jobs(prompts:list,   # `list[str]`
+                seed:int=0,     # of the first video; each further one counts up
+                ending:str="mp4", # of the files
+               )->list:         # `Job`s
+    "List file name, prompt and seed of one video for each prompt"
+    words = lambda p: "".join(c if c.isalnum() else " " for c in p).split()
+    return [Job(f"{i:03d}-{'-'.join(words(p))[:60] or 'clip'}.{ending}", p, seed + i)
+            for i, p in enumerate(prompts)]
+
+# %% ../nbs/69_prompts.ipynb #fd3e1683
+def noted_videos(folder, # with or without a `videos.csv`
+                )->dict: # file name: row with file, prompt and seed
+    "Read `videos.csv`; raise `UserError` if it is another kind of table"
+    path, columns = Path(folder) / "videos.csv", [f.name for f in fields(Job)]
+    rows = [r for _, r in ROWS[".csv"](path)] if path.is_file() else []
+    if any([*r] != columns for r in rows): raise UserError(
+        f"{path} is no table of {', '.join(columns)}: give another output folder")
+    return {r["file"]: r for r in rows}
+
+def note_videos(folder,    # gets the table
+                todo:list, # `Job`s
+               )->None:
+    "Write `videos.csv`: file, prompt and seed of these videos and of those noted before"
+    rows = noted_videos(folder) | {j.file: asdict(j) for j in todo}
+    path = Path(folder) / "videos.csv"
+    with atomic(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+        table = csv.DictWriter(f, [f.name for f in fields(Job)])
+        table.writeheader()
+        table.writerows(rows.values())
+
 # %% ../nbs/69_prompts.ipynb #37f6ddad
 def _agree(out, settings):
     "Raise `UserError` rather than mix two models in a folder"
@@ -170,18 +201,6 @@ def _agree(out, settings):
     if odd: raise UserError(
         f"{out} holds videos with {odd[0]} = {before.get(odd[0])!r}, not {settings.get(odd[0])!r}: "
         "give another output folder, or the same settings to go on")
-
-def _note(out, settings, todo):
-    "Write the settings, and the seeds of these videos and of those made before"
-    path, columns = out / "videos.csv", ["file", "prompt", "seed"]
-    rows = [r for _, r in ROWS[".csv"](path)] if path.is_file() else []
-    if any([*r] != columns for r in rows): raise UserError(
-        f"{path} is no table of {', '.join(columns)}: give another output folder")
-    write_json(out / "settings.json", settings)
-    with atomic(path) as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
-        table = csv.DictWriter(f, columns)
-        table.writeheader()
-        table.writerows(({r["file"]: r for r in rows} | {j.file: asdict(j) for j in todo}).values())
 
 def _whole(path):
     "Whether the video exists and decodes"
@@ -209,7 +228,9 @@ def generate(sample:Callable, # prompts and seeds to clips, see `by_student`
     at_least(dict(batch=batch), batch=1)
     _agree(out, settings)
     with claim_together(out, state):
-        if main: _note(out, settings, todo)
+        if main:
+            note_videos(out, todo)
+            write_json(out / "settings.json", settings)
         part.mkdir(exist_ok=True, parents=True); videos.mkdir(exist_ok=True)
         mine = todo[state.process_index::state.num_processes]
         mine = [j for j in mine if not _whole(videos / j.file)]

@@ -96,24 +96,26 @@ def placed(pipe,     # just loaded
 
 def sample(o:SampleOptions=SampleOptions(), # student, prompts and options
           )->list:                          # paths of the videos
-    "Sample a student and write mp4 or gif files"
+    "Sample a student; write mp4 or gif files, and `videos.csv` beside them"
     from t2v_turbo.core import as_dtype, make_gen, pick_device, write_video
     from t2v_turbo.data.tables import read_prompts
     from t2v_turbo.pipeline import T2VTurboPipeline
+    from t2v_turbo.suites import note_videos, noted_videos, prompt_jobs
     from t2v_turbo.teachers.tiny import WEIGHTS
     if Path(o.out).is_file(): raise UserError(f"out {o.out!r} is a file: give a folder")
+    noted_videos(o.out)                  # raises before anything is loaded
     prompts = read_prompts(o.prompts) if o.prompts else [o.prompt]
-    device, paths = pick_device(), []
+    todo, device, paths = prompt_jobs(prompts, o.seed, o.format), pick_device(), []
     pipe = T2VTurboPipeline.from_pretrained(o.student or WEIGHTS / "tiny-cd",
                                             dtype=as_dtype(o.dtype, device), **lora_option(o))
     placed(pipe, device, o.offload, o.slicing)
     how = sampled_as(sampling_of_pipe(pipe), o)
-    for i, p in enumerate(prompts):      # one seed each: more prompts change no video
-        clip = pipe(p, how["steps"], how["w"], generator=make_gen(o.seed + i),
+    note_videos(o.out, todo)
+    for j in todo:
+        clip = pipe(j.prompt, how["steps"], how["w"], generator=make_gen(j.seed),
                     origin_steps=how["origin"], output_type="pt")
         clip = clip.frames[0].transpose(0, 1)
-        name = "-".join("".join(c if c.isalnum() else " " for c in p).split())[:60] or "clip"
-        paths.append(Path(o.out) / f"{i:03d}-{name}.{o.format}")
+        paths.append(Path(o.out) / j.file)
         write_video(paths[-1], clip, pipe.config.fps)
         print(paths[-1])
     return paths
@@ -383,12 +385,13 @@ class RateMake:
     repeats:float = .1   # share of pairs shown twice
     parts:int = 1        # pages to deal the pairs to
     seed:int = 0         # of the deal
+    view:float = 2.      # seconds that a pair plays, or once through, before an answer counts
 
     def run(self)->int:
         "Write the page that raters open"
         from t2v_turbo.rate import find_pairs, make_page
         pairs = find_pairs(self.a, self.b)
-        for path in make_page(pairs, self.out, self.repeats, self.parts, self.seed):
+        for path in make_page(pairs, self.out, self.repeats, self.parts, self.seed, self.view):
             print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
         print(f"{len(pairs)} pairs; wins of {self.a} will be counted")
         return 0
@@ -400,6 +403,7 @@ class RateReport:
     files:tuple[str, ...]     # csv or json files of raters
     page:tuple[str, ...] = () # the html files that raters got
     names:str = "A,B"         # names of the two models, with a comma between
+    min_seconds:float = .5    # answers given faster are left out; 0 keeps all
     out:str = ""              # folder for ratings.json and ratings.png; empty: only print
 
     def run(self)->int:
@@ -408,7 +412,7 @@ class RateReport:
         from t2v_turbo.rate import print_report, rate_plot, rate_report
         names = tuple(self.names.split(","))
         if len(names) != 2: raise UserError(f"names {self.names!r}: give two, with a comma between")
-        report = rate_report(self.files, self.page, names)
+        report = rate_report(self.files, self.page, names, self.min_seconds)
         print_report(report)
         if not self.page: print("no --page given: ratings of unknown pairs were not looked for")
         if not self.out: return 0

@@ -65,8 +65,29 @@ def test_rate(tmp_path, capsys):
     assert "win rate of new over old" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == ["ratings.json", "ratings.png"]
     assert main(["rate", "report", str(tmp_path / "r.csv")]) == 0 and "unknown pairs were not" in capsys.readouterr().out
+    assert main(["rate", "report", str(tmp_path / "r.csv"), "--min_seconds", "2"]) == 2 and "took less than 2.0 s" in capsys.readouterr().err
+    assert main(["rate", "make", a, b, out, "--view", "5"]) == 0 and '"view": 5.0' in (tmp_path / "s.html").read_text()
+    assert main(["rate", "make", a, b, out, "--view", "-1"]) == 2 and "view is -1.0: give 0 to 60 seconds" in capsys.readouterr().err
     assert main(["rate", "report", out]) == 2 and main(["rate", "make", a, str(tmp_path / "c"), out]) == 2
     assert main(["rate", "report", str(tmp_path / "r.csv"), "--names", "x"]) == 2
+
+
+def test_rate_takes_the_folders_of_sample(tmp_path, capsys):
+    "Prompts that no file name can hold come back from `videos.csv`; another prompt joins it; another table is kept"
+    texts = ["a red circle moving left", 'a "blue" cross, growing/shrinking', "a green square 66"]
+    (tmp_path / "p.txt").write_text("\n".join(texts))
+    for out, steps in (("a", "1"), ("b", "2")):
+        assert main(["sample", "--prompts", str(tmp_path / "p.txt"), "--steps", steps, "--out", str(tmp_path / out)]) == 0
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert [p.caption for p in find_pairs(a, b)] == texts
+    assert main(["rate", "make", str(a), str(b), str(tmp_path / "s.html")]) == 0 and "3 pairs" in capsys.readouterr().out
+    assert main(["sample", "--prompt", "a purple circle growing", "--seed", "7", "--steps", "1", "--out", str(a)]) == 0
+    rows = list(csv.DictReader(open(a / "videos.csv", newline="")))
+    assert [(r["prompt"], r["seed"]) for r in rows] == [*zip(texts, "012"), ("a purple circle growing", "7")]
+    assert sorted(r["file"] for r in rows) == sorted(p.name for p in a.glob("*.mp4"))
+    (b / "videos.csv").write_text("id,url\n1,x\n")
+    assert main(["sample", "--student", "none", "--out", str(b)]) == 2
+    assert "is no table of file, prompt, seed: give another" in capsys.readouterr().err and (b / "videos.csv").read_text() == "id,url\n1,x\n"
 
 
 def test_list(capsys, monkeypatch):

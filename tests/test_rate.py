@@ -27,6 +27,7 @@ from t2v_turbo.rate import (
     rate_report,
     read_ratings,
     win_rates,
+    without_fast,
 )
 
 STUDIES = int(os.environ.get("T2V_TURBO_STUDIES", 1000))     # simulated studies a coverage test asks
@@ -362,3 +363,23 @@ def test_report(study, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "win rate of new over old" in out and "preference: no votes" in out and "\x1b" not in out
     assert len(rate_plot(got).axes) == 2
+
+
+def test_fast_answers_are_left_out_and_reported(study, tmp_path, capsys):
+    pairs, page = study
+    times = dict(ann=(.1, .49, .5, 3), bob=(.2, .2, .2, .2), cleo=(2, 2, 2, 2))
+    rows = [rating(study, rater=r, pair=p.id, seconds=s) for r, some in times.items() for p, s in zip(pairs, some)]
+    path = as_csv(tmp_path / "r.csv", rows)
+    got = rate_report(path, page)
+    assert got["fast"] == dict(min_seconds=.5, answers=6, raters=dict(ann=2, bob=4))
+    assert (got["votes"], got["raters"], got["seconds"], got["questions"]["appeal"]["a"]) == (6, 2, 2., 6)
+    print_report(got)
+    assert "median answer time 2.0 s; 6 answers under 0.5 s left out (ann 2, bob 4)" in capsys.readouterr().out
+    assert rate_report(path, page, min_seconds=0)["votes"] == 12
+    print_report(rate_report(path, page, min_seconds=0))
+    assert "0 answers under 0 s left out\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="every answer in these files took less than 9 s"): rate_report(path, page, min_seconds=9)
+    for bad in (-1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="min_seconds is .*: give 0 or more seconds"): without_fast([], bad)
+    for bad in (-1, 61, float("nan")):
+        with pytest.raises(UserError, match="view is .*: give 0 to 60 seconds"): make_page(pairs, tmp_path / "x.html", view=bad)

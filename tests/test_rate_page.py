@@ -30,7 +30,22 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page_file(pairs, tmp_path_factory):
-    return make_page(pairs, tmp_path_factory.mktemp("page") / "study.html", repeats=.25)[0]
+    "Without a minimum of viewing, so that tests of other things do not wait"
+    return make_page(pairs, tmp_path_factory.mktemp("page") / "study.html", repeats=.25, view=0)[0]
+
+
+@pytest.fixture(scope="module")
+def gated(pairs, tmp_path_factory):
+    return make_page(pairs, tmp_path_factory.mktemp("page") / "study.html", view=.6)[0]
+
+
+def one_pair(here, *frames):
+    "A page with one pair; 8 frames last 1 s"
+    for model, n in zip("ab", frames):
+        (here / model).mkdir()
+        write_video(here / model / "0.mp4", render(combos("heldout")[:1], make_gen(0), n)[0])
+        (here / model / "0.txt").write_text("a circle")
+    return make_page(find_pairs(here / "a", here / "b"), here / "study.html")[0]
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +114,16 @@ def test_from_first_click_to_the_exported_file(visit, page_file, pairs, tmp_path
     page.keyboard.press("Backspace")
     assert page.inner_text("#at") == "pair 1 of 10, question 3 of 3"
     for key in ("Backspace", "ArrowLeft"): page.keyboard.press(key)
-    assert page.is_disabled("#back")
+    assert page.get_attribute("#back", "aria-disabled") == "true"
+    page.keyboard.press("Backspace")
+    assert page.inner_text("#at") == "pair 1 of 10, question 1 of 3"
     until(page, "v1.readyState >= 2")
     shot(page, "desktop-pair")
     while page.is_visible("#trial"): page.keyboard.press(prefer_a(page))
     shot(page, "desktop-end")
     table, rows = saved(page, "#csv", tmp_path / "r.csv"), saved(page, "#json", tmp_path / "r.json")
     assert page.input_value("#text") == table.read_text()
-    report = rate_report(table, page_file)
+    report = rate_report(table, page_file, min_seconds=0)
     assert report["dropped"] == [] and report["votes"] == 30 and report["raters"] == 1
     for q in report["questions"].values():
         assert (q["a"], q["b"], q["tie"]) == (8, 0, 0)
@@ -147,14 +164,17 @@ def test_phone(visit, page_file, tmp_path):
     until(page, "v1.readyState >= 2 && v2.readyState >= 2")
     shot(page, "phone-pair")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    boxes = [page.locator(s).bounding_box() for s in ("#v1", "#v2", "[data-choice='1']", "[data-choice='2']",
-                                                      "[data-choice='0']")]
+    boxes = [page.locator(s).bounding_box() for s in ("#v1", "#v2", "#pause", "#replay", "#question", "[data-choice='1']",
+                                                      "[data-choice='2']", "[data-choice='0']")]
     assert all(b["y"] + b["height"] <= 844 and b["x"] + b["width"] <= 390 for b in boxes)
-    assert boxes[0]["x"] < boxes[1]["x"] and boxes[0]["y"] == boxes[1]["y"]      # side by side
-    assert all(b["height"] >= 44 for b in boxes)                 # large enough for a thumb
+    first, second, *buttons = boxes
+    assert first["x"] == second["x"] and first["y"] + first["height"] <= second["y"] and first["width"] > 360     # stacked
+    assert boxes[4]["y"] + boxes[4]["height"] <= boxes[5]["y"]                   # the question is not covered
+    assert all(b["height"] >= 44 for b in buttons if b is not boxes[4])          # large enough for a thumb
+    assert [page.inner_text(f"[data-choice='{c}']").split()[-1] for c in "12"] == ["upper", "lower"]
     while page.is_visible("#trial"): page.tap(f"[data-choice='{prefer_a(page)}']")
     shot(page, "phone-end")
-    report = rate_report(saved(page, "#csv", tmp_path / "r.csv"), page_file)
+    report = rate_report(saved(page, "#csv", tmp_path / "r.csv"), page_file, min_seconds=0)
     assert report["votes"] == 30 and report["questions"]["text"]["a"] == 8
     assert page.wrong == []
 
@@ -162,13 +182,20 @@ def test_phone(visit, page_file, tmp_path):
 @pytest.mark.parametrize("size", [(320, 568), (844, 390), (768, 1024)])
 def test_other_sizes(visit, page_file, size):
     page = visit(page_file, viewport=dict(zip(("width", "height"), size)))
+    stacked = size[0] < 640
     page.click("#go")
     until(page, "v1.readyState >= 2")
+    page.evaluate("text => { document.querySelector('#caption').textContent = text; }", EVIL)   # the longest
     shot(page, f"{size[0]}x{size[1]}")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     for s in ("#question", "[data-choice='1']", "[data-choice='2']", "[data-choice='0']"):
         box = page.locator(s).bounding_box()
         assert box["y"] >= 0 and box["y"] + box["height"] <= size[1], s      # without scrolling
+    boxes = [page.locator(s).bounding_box() for s in ("#v1", "#v2")]
+    asked, choice = [page.locator(s).bounding_box() for s in ("#question", "[data-choice='1']")]
+    assert asked["y"] + asked["height"] <= choice["y"] + 1        # the buttons, which stick to the bottom, do not cover it
+    assert (boxes[0]["x"] == boxes[1]["x"]) == stacked and (boxes[0]["y"] == boxes[1]["y"]) != stacked
+    assert page.inner_text("[data-choice='1']").split()[-1] == ("upper" if stacked else "left")
     page.click("[data-choice='2']")
     assert "question 2" in page.inner_text("#at")
 
@@ -267,3 +294,189 @@ def test_parts_do_not_share_their_memory(visit, pairs, tmp_path):
     page.click("#go"); page.keyboard.press("1")
     page.goto(two.as_uri())
     assert page.inner_text("#go") == "Start"
+
+
+# --- watching ---------------------------------------------------------------------------------------
+
+OPEN = "document.querySelector('[data-choice]').getAttribute('aria-disabled') === 'false'"
+TIMES = """window.gaps = []; window.marks = []; (function note() {
+    if (running && !v1.ended && !v2.ended && v1.currentTime > .2) gaps.push(Math.abs(v1.currentTime - v2.currentTime));
+    marks.push([v1.currentTime, v2.currentTime]);
+    requestAnimationFrame(note); })()"""
+
+
+def test_an_answer_counts_after_the_pair_has_played(visit, gated, tmp_path):
+    page = visit(gated)
+    page.evaluate("window.really = HTMLMediaElement.prototype.play; HTMLMediaElement.prototype.play = async () => {}")
+    page.click("#go")
+    until(page, "running && v1.readyState >= 2")                  # it would play, but the machine stalls
+    page.keyboard.press("1"); page.click("[data-choice='2']", force=True)
+    assert page.evaluate("state.answers.length") == 0 and not page.evaluate(OPEN)
+    assert page.inner_text("#wait") == "answers open in 1 s"
+    page.keyboard.press("p")
+    assert page.inner_text("#wait") == "play both to answer" and page.inner_text("#pause").endswith("play")
+    page.wait_for_timeout(700)                                    # waiting is not watching
+    page.keyboard.press("1")
+    assert page.evaluate("state.answers.length") == 0
+    shot(page, "desktop-wait")
+    page.evaluate("() => { HTMLMediaElement.prototype.play = really; }")
+    page.keyboard.press("p")
+    until(page, OPEN)
+    assert page.evaluate("watched") >= .6 and page.inner_text("#wait") == ""
+    for _ in range(3): page.keyboard.press("1")                   # once for the three questions of a pair
+    assert page.evaluate("state.answers.length") == 3 and not page.evaluate(OPEN)
+    page.keyboard.press("Backspace")                              # a pair that was watched stays open
+    assert page.evaluate(OPEN)
+    assert page.wrong == []
+
+
+def test_once_to_the_end_is_enough(visit, pairs, tmp_path):
+    page = visit(make_page(pairs, tmp_path / "s.html", view=50)[0])
+    page.click("#go")
+    until(page, OPEN)
+    assert page.evaluate("[v1, v2].every(v => v.duration < 1.2)")
+
+
+def test_answer_times_are_stored_and_fast_answers_left_out(visit, page_file, tmp_path):
+    page = visit(page_file)
+    page.click("#go")
+    page.wait_for_timeout(600)
+    page.keyboard.press("1")
+    while page.is_visible("#trial"): page.keyboard.press("0")
+    table = saved(page, "#csv", tmp_path / "r.csv")
+    slow = [v for v in read_ratings(table).votes if float(v["seconds"]) >= .5]
+    assert .5 <= float(slow[0]["seconds"]) < 10 and slow[0]["question"] == "appeal"
+    report = rate_report(table, page_file)
+    assert report["votes"] == len(slow) and report["fast"]["answers"] == 30 - len(slow) and report["fast"]["min_seconds"] == .5
+    assert rate_report(table, page_file, min_seconds=0)["votes"] == 30
+
+
+def test_the_videos_share_a_clock(visit, page_file):
+    "Start and loops: the distance is less than half a frame of 8 a second in all but a few moments"
+    page = visit(page_file)
+    page.click("#go")
+    until(page, "running && v1.currentTime > 0")
+    page.evaluate(TIMES)
+    page.wait_for_timeout(3500)                                   # three loops of 1 s
+    gaps, times = page.evaluate("gaps"), page.evaluate("marks")
+    assert len(gaps) > 30 and sorted(gaps)[int(.9 * len(gaps))] < .0625, sorted(gaps)[-20:]
+    starts = [i for i in range(1, len(times)) if times[i][0] < times[i - 1][0] - .3]
+    assert len(starts) >= 2 and all(times[i][1] < .4 for i in starts)        # the second starts again with the first
+
+
+@pytest.mark.parametrize("off", [-.2, -1, 1])
+def test_a_stall_is_made_up_for(visit, tmp_path, off):
+    "Within one showing of 6 s, so that no restart helps"
+    page = visit(one_pair(tmp_path, 48, 48))
+    page.click("#go")
+    until(page, "running && v1.currentTime > .5")
+    page.evaluate(TIMES)
+    page.evaluate(f"v2.currentTime = v1.currentTime + {off}; gaps.length = 0")
+    until(page, "gaps.length > 9 && gaps.slice(-5).every(g => g < .0625) || v1.currentTime > 5")
+    assert page.evaluate("v1.currentTime < 5"), page.evaluate("gaps.slice(-5)")
+
+
+def test_a_longer_video_is_waited_for(visit, tmp_path):
+    page = visit(one_pair(tmp_path, 12, 8))
+    page.click("#go")
+    until(page, "v1.readyState >= 2 && v2.readyState >= 2")
+    assert sorted(round(page.evaluate(f"{v}.duration"), 1) for v in ("v1", "v2")) == [1, 1.5]
+    short, long = sorted(("v1", "v2"), key=lambda v: page.evaluate(f"{v}.duration"))
+    until(page, f"{short}.ended && !{long}.ended")
+    assert page.evaluate(f"{short}.currentTime > .9")             # it stays on its last frame
+    until(page, "!v1.ended && !v2.ended && v1.currentTime < .9 && v1.currentTime > 0")
+    page.evaluate(TIMES)
+    page.wait_for_timeout(300)
+    assert page.evaluate("gaps.every(g => g < .25)")
+
+
+def test_pause_and_replay(visit, page_file):
+    "By key, by button and by a touch of a video"
+    page = visit(page_file)
+    page.click("#go")
+    until(page, "running && v1.currentTime > .1")
+    for key in ("p", "P"):
+        page.keyboard.press(key)
+        assert page.evaluate("v1.paused && v2.paused && !running") and page.inner_text("#pause").endswith("play")
+        at = page.evaluate("[v1.currentTime, v2.currentTime]")
+        page.wait_for_timeout(200)
+        assert page.evaluate("[v1.currentTime, v2.currentTime]") == at
+        page.keyboard.press(key)
+        until(page, "running && !v1.paused && !v2.paused")
+    page.click("#pause"); assert page.evaluate("!running")
+    page.click("#v2"); assert page.evaluate("running")
+    until(page, "v1.currentTime > .6")
+    page.keyboard.press("p"); page.keyboard.press("r")
+    until(page, "running && v1.currentTime < .5 && v2.currentTime < .5 && v1.currentTime > 0")
+    assert page.inner_text("#pause").endswith("pause")
+    page.keyboard.press("p"); page.click("#replay")
+    until(page, "running")
+    assert page.wrong == []
+
+
+def test_keyboard_alone_and_focus_kept(visit, gated, tmp_path):
+    "Offline, from a file, with no pointer: name, start, answers by focused button, pause, back, download"
+    page = visit(gated)
+    page.context.set_offline(True)
+    page.reload()
+    focus = lambda: page.evaluate("document.activeElement.id || document.activeElement.dataset.choice || document.activeElement.tagName")
+    page.keyboard.press("Tab")
+    assert focus() == "name"
+    page.keyboard.type("ann")
+    page.keyboard.press("Enter")
+    assert page.is_visible("#trial") and focus() == "trial"
+    until(page, OPEN)
+    while focus() != "2": page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("state.answers.length") == 1 and focus() == "2"
+    page.keyboard.down("Enter"); page.keyboard.down("Enter"); page.keyboard.down("Enter"); page.keyboard.up("Enter")
+    assert page.evaluate("state.answers.length") == 2 and focus() == "2"         # a held key answers once
+    page.keyboard.press("Space")
+    assert "pair 2" in page.inner_text("#at") and focus() == "2"
+    page.keyboard.press("Enter")                                  # too early: nothing, and the focus stays
+    assert page.evaluate("state.answers.length") == 3 and focus() == "2"
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("state.answers.length") == 2 and focus() == "2"
+    while page.is_visible("#trial"):
+        until(page, OPEN)
+        page.keyboard.press("0")
+        assert focus() in ("2", "end")
+    assert focus() == "end"
+    page.keyboard.press("Tab"); assert focus() == "csv"
+    with page.expect_download() as d: page.keyboard.press("Enter")
+    d.value.save_as(tmp_path / "r.csv")
+    assert len(read_ratings(tmp_path / "r.csv", gated).votes) == 27 and page.wrong == []
+
+
+def test_reduced_motion(visit, gated):
+    page = visit(gated, reduced_motion="reduce")
+    page.click("#go")
+    until(page, "v1.readyState >= 2 && v2.readyState >= 2")
+    page.wait_for_timeout(300)
+    assert page.evaluate("!running && v1.currentTime === 0 && v2.currentTime === 0")
+    assert page.inner_text("#wait") == "play both to answer" and page.inner_text("#pause").endswith("play")
+    page.keyboard.press("p")
+    until(page, "v1.ended && v2.ended && !running")               # once, and no loop
+    assert page.evaluate(OPEN)
+    page.keyboard.press("p")
+    until(page, "running && v1.currentTime < .9")
+
+
+def test_a_broken_video_does_not_block(visit, pairs, tmp_path):
+    page_file, = make_page(pairs, tmp_path / "s.html")
+    html = page_file.read_text()
+    page_file.write_text(html.replace("data:video/mp4;base64,", "data:video/mp4;base64,AAAA"))
+    page = visit(page_file)
+    page.click("#go")
+    until(page, OPEN)
+    assert page.is_visible("#broken")
+    page.keyboard.press("0")
+    assert page.evaluate("state.answers.length") == 1
+
+
+def test_keys_on_the_first_page_do_nothing(visit, page_file):
+    page = visit(page_file)
+    page.click("#go"); page.keyboard.press("1")
+    page.reload()
+    for key in ("Backspace", "ArrowLeft", "p", "r", "1"): page.keyboard.press(key)
+    assert page.is_visible("#start") and page.evaluate("state.answers.length") == 1 and page.wrong == []

@@ -34,6 +34,69 @@ function trials(rater) {                    // [{pair, rep, left}], the same for
 
 let state = {rater: "", answers: []}, list = [], since = 0, shown = -1;
 
+// Both videos follow one clock: the first keeps time, and the speed of the second is adjusted to it.
+// After a stall of a quarter of a second both wait, and both start again when both have ended.
+const videos = [$("v1"), $("v2")], calm = matchMedia("(prefers-reduced-motion: reduce)");
+const seen = new Set();                     // trials that have played long enough for an answer
+let turn = 0, running = false, loading = false, frame = 0, watched = 0, times = [0, 0];
+
+const over = v => v.ended || v.error;
+const event = (v, name) => new Promise(ok => {
+  for (const n of [name, "error"]) v.addEventListener(n, ok, {once: true});
+});
+function label() { $("pause").lastElementChild.textContent = running ? "pause" : "play"; gate(); }
+function stop() { turn++; running = loading = false; videos.forEach(v => v.pause()); label(); }
+function play() {
+  if (videos.every(over)) { replay(); return; }
+  running = true; loading = false; times = videos.map(v => v.currentTime);
+  for (const v of videos.filter(v => !over(v))) {
+    v.playbackRate = 1;
+    v.play().catch(e => { if (e.name === "NotAllowedError") stop(); });
+  }
+  cancelAnimationFrame(frame); frame = requestAnimationFrame(tick);
+  label();
+}
+async function seek(v, time) {
+  if (v.error || v.currentTime === time) return;
+  const done = event(v, "seeked");
+  v.currentTime = time;
+  await done;
+}
+async function playFrom(time) {             // both wait until both are there
+  if (videos.every(v => v.error)) return;
+  const mine = ++turn;
+  running = false; videos.forEach(v => v.pause());
+  await Promise.all(videos.map(v => seek(v, time)));
+  if (mine === turn) play();
+}
+const replay = () => playFrom(0);
+function follow(first, second) {
+  const behind = first.currentTime - second.currentTime;
+  if (Math.abs(behind) > .25) playFrom(first.currentTime);
+  else second.playbackRate = Math.abs(behind) < .01 ? 1 : 1 + 4 * behind;
+}
+function tick() {
+  if (!running) return;
+  const [a, b] = videos, now = videos.map(v => v.currentTime);
+  if (videos.every(over)) { watch(Infinity); calm.matches ? stop() : replay(); return; }
+  if (!over(a) && !over(b)) follow(a, b);
+  const moved = Math.min(...videos.map((v, i) => over(v) ? .25 : now[i] - times[i]));
+  watch(Math.max(0, Math.min(.25, moved))); times = now;
+  if (running) frame = requestAnimationFrame(tick);
+}
+
+function watch(seconds) { watched += seconds; gate(); }
+function gate() {                           // answers count once both have played long enough
+  const left = seen.has(shown) ? 0 : Math.max(0, study.view - watched);
+  if (!left) seen.add(shown);
+  const whole = Math.max(...videos.map(v => v.duration || 0)) || Infinity;
+  const wait = Math.ceil(Math.min(left, whole));
+  const text = !left ? "" : running || loading ? `answers open in ${wait} s` : "play both to answer";
+  if ($("wait").textContent !== text) $("wait").textContent = text;
+  for (const b of document.querySelectorAll("[data-choice]"))
+    b.setAttribute("aria-disabled", left > 0);
+}
+
 function save() {
   try { localStorage.setItem(place, JSON.stringify(state)); return true; }
   catch { $("nostore").hidden = false; return false; }
@@ -74,26 +137,33 @@ function load(video, id) {                  // from the data URI in the page to 
   const [head, body] = $(id).textContent.split(",");
   const bytes = Uint8Array.from(atob(body.trim()), c => c.charCodeAt(0));
   if (video.src) URL.revokeObjectURL(video.src);
-  const ready = new Promise(ok => { video.onloadeddata = ok; });
+  const ready = event(video, "loadeddata");
   video.src = URL.createObjectURL(new Blob([bytes], {type: head.slice(5, head.indexOf(";"))}));
   return ready;
 }
-const both = f => [$("v1"), $("v2")].forEach(f);
-function play() { both(v => { v.currentTime = 0; v.play().catch(() => {}); }); }
 function showPair(i) {
   const t = list[i], other = t.left === "a" ? "b" : "a";
+  stop();
+  const mine = turn;
+  shown = i; watched = 0; loading = !calm.matches;
   $("broken").hidden = true;
   $("caption").textContent = study.pairs[t.pair].caption;
-  Promise.all([load($("v1"), t.left + t.pair), load($("v2"), other + t.pair)]).then(play);
-  shown = i;
+  Promise.all([load($("v1"), t.left + t.pair), load($("v2"), other + t.pair)])
+    .then(() => { if (mine === turn && loading) play(); });
+  gate();
+}
+function turnTo(id) {                       // show one section, and take the focus along
+  const change = $(id).hidden;
+  for (const s of ["start", "trial", "end"]) $(s).hidden = s !== id;
+  if (change) $(id).focus({preventScroll: true});
 }
 function show() {
   const n = state.answers.length, q = n % questions.length, i = Math.floor(n / questions.length);
-  const over = i >= list.length;
-  $("start").hidden = true; $("trial").hidden = over; $("end").hidden = !over;
+  const done = i >= list.length;
+  turnTo(done ? "end" : "trial");
   $("bar").style.width = `${100 * n / (list.length * questions.length)}%`;
-  if (over) {
-    both(v => v.pause()); shown = -1;
+  if (done) {
+    stop(); shown = -1;
     $("done").textContent = `${n} answers by ${state.rater}. Download the file and hand it over.`;
     $("text").value = csvText();
     return;
@@ -101,31 +171,43 @@ function show() {
   if (i !== shown) showPair(i);
   $("at").textContent = `pair ${i + 1} of ${list.length}, question ${q + 1} of ${questions.length}`;
   $("question").textContent = questions[q][1];
-  $("back").disabled = n === 0;
+  $("back").setAttribute("aria-disabled", n === 0);
   since = performance.now();
 }
 
 function answer(choice) {
-  if ($("trial").hidden) return;
+  if ($("trial").hidden || !seen.has(shown)) return;
   state.answers.push([choice, Math.round((performance.now() - since) / 100) / 10]);
   save(); show();
 }
 function back() { if (state.answers.length) { state.answers.pop(); save(); show(); } }
 function begin() {
   if (!state.rater) newRater();
-  list = trials(state.rater);
+  list = trials(state.rater); seen.clear();
   state.answers = state.answers.slice(0, list.length * questions.length);
   save(); show();
 }
 document.querySelectorAll("[data-choice]").forEach(b => {
-  b.onclick = () => { b.blur(); answer(b.dataset.choice); };
+  b.onclick = () => answer(b.dataset.choice);
 });
+const pause = () => running ? stop() : play();
+function keys() {                           // those of the section that is shown
+  if ($("trial").hidden) return $("end").hidden ? {} : {Backspace: back, ArrowLeft: back};
+  return {p: pause, r: replay, Backspace: back, ArrowLeft: back,
+          0: () => answer("0"), 1: () => answer("1"), 2: () => answer("2")};
+}
 document.onkeydown = e => {
-  if (e.repeat || e.ctrlKey || e.metaKey || e.altKey || e.target.matches("input, textarea")) return;
-  if ("012".includes(e.key)) answer(e.key);
-  else if (e.key === "Backspace" || e.key === "ArrowLeft") back();
+  if (e.ctrlKey || e.metaKey || e.altKey || e.target.matches("input, textarea")) return;
+  if (e.repeat) { if (e.target.matches("button")) e.preventDefault(); return; }
+  const act = keys()[e.key.length > 1 ? e.key : e.key.toLowerCase()];
+  if (act) act();
 };
-both(v => { v.onerror = () => { if (v.src) $("broken").hidden = false; }; v.onclick = play; });
+videos.forEach(v => {
+  v.onerror = () => { if (v.src) { $("broken").hidden = false; watch(Infinity); } };
+  v.onclick = pause;
+});
+$("pause").onclick = pause; $("replay").onclick = replay;
+$("name").onkeydown = e => { if (e.key === "Enter" && !e.repeat) begin(); };
 $("go").onclick = begin; $("back").onclick = $("undo").onclick = back;
 $("csv").onclick = $("some").onclick = () => download("csv");
 $("json").onclick = () => download("json");
@@ -133,11 +215,12 @@ $("next").onclick = () => {
   if (!confirm("Has the file been downloaded? The answers on this device will be removed.")) return;
   state = {rater: "", answers: []}; save(); $("name").value = "";
   $("name").parentElement.hidden = false; $("go").textContent = "Start";
-  $("end").hidden = true; $("start").hidden = false;
+  turnTo("start");
 };
 restore();
 const many = study.pairs.length + study.repeats;
-$("much").textContent = `${many} pairs of videos, three questions each.`;
+$("much").textContent = `${many} pairs of videos, three questions each.` + (study.view
+  ? ` Answers open once both videos have played for ${study.view} s, or once to the end.` : "");
 if (state.rater) {
   $("name").parentElement.hidden = true;
   $("go").textContent = `Go on as ${state.rater} (${state.answers.length} answers so far)`;
