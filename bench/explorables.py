@@ -64,8 +64,8 @@ def grey(a, b):
 
 @torch.no_grad()
 def levels(a, teacher, students):
-    "One clip at many noise levels: noised, the teacher's mean, the last student's jump"
-    name, student = list(students.items())[-1]
+    "One clip at many noise levels: noised, the teacher's mean, the jump of plain CD"
+    name, student = next(iter(students.items()))
     attrs = combos("heldout")[4:5]
     clean, ctx = render(attrs, make_gen(a.seed)), student.teacher.encode_text([caption(*attrs[0].tolist())])
     z0 = student.teacher.encode(clean)
@@ -158,7 +158,7 @@ def main(argv=None):
         students = {n: load_student(f) for n, f in [("plain CD", a.cd), *(s.split("=", 1) for s in a.student)]}
     for name in a.only:
         text = json.dumps(MAKE[name](a, teacher, students), ensure_ascii=False, separators=(",", ":"))
-        with atomic(path := a.out / f"{name}.js") as tmp: tmp.write_text(f'explore.file("{name}", {text});\n', encoding="utf-8")
+        with atomic(path := a.out / f"{name}.js") as tmp: tmp.write_text(f"(window.exploreData ??= {{}}).{name} = {text};\n", encoding="utf-8")
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB", flush=True)
 
 

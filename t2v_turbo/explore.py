@@ -41,16 +41,17 @@ class Explorable:
 
     def whole(self)->str: # HTML that needs nothing else
         "Return the picture with its script and its data"
-        names = ["explore.js"] + [f"{self.name}.js"]*(self.name != "flow")
+        names = [f"{self.name}.js"]*(self.name != "flow") + ["explore.js"]
         scripts = "".join(f"<script>{s}</script>" for s in _texts(*names))
         return f'<meta charset="utf-8">{self.place()}{scripts}'
 
     def _repr_html_(self): return self.whole() if _running() else self.place()
+    def __repr__(self): return f"a picture to drag: {self.name}"
 
 # %% ../nbs/01b_explore.ipynb #c65176f9
 def _texts(*names):
     "Read files of `nbs/explore`, here or in the folder above; elsewhere download them"
-    folder = next((f for f in ("explore", "../explore") if Path(f, names[0]).is_file()), "explore")
+    folder = next((f for f in ("explore", "../explore") if Path(f, names[-1]).is_file()), "explore")
     fetch_beside("", *(paths := [f"{folder}/{n}" for n in names]))
     return [Path(p).read_text(encoding="utf-8") for p in paths]
 

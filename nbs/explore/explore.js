@@ -84,7 +84,7 @@ function make(tag, attrs = {}, ...inside) {
 const number = (x, digits = 4) => x.toFixed(digits).replace("-", "\u2212");
 
 function slider(label, values, value, text = String) {       // a range over a list of values
-  const input = make("input", {type: "range", min: 0, max: values.length - 1, step: 1}), out = make("output");
+  const input = make("input", {type: "range", "aria-label": label, min: 0, max: values.length - 1, step: 1}), out = make("output");
   const el = make("label", {class: "explore-slider"}, make("span", {}, label), input, out);
   const show = () => { out.value = text(el.value); input.setAttribute("aria-valuetext", text(el.value)); };
   Object.defineProperty(el, "value", {get: () => values[+input.value], set: v => {
@@ -99,7 +99,7 @@ function slider(label, values, value, text = String) {       // a range over a l
   return el;
 }
 function choice(label, options, value) {                     // a list to choose from; options: texts
-  const select = make("select", {}, ...options.map((o, i) => make("option", {value: i}, o)));
+  const select = make("select", {"aria-label": label}, ...options.map((o, i) => make("option", {value: i}, o)));
   const el = make("label", {class: "explore-choice"}, make("span", {}, label), select);
   Object.defineProperty(el, "value", {get: () => +select.value, set: v => { select.value = v; }});
   el.input = select;
@@ -164,9 +164,10 @@ function data(name) {                                        // a file beside th
       value.sheet.picture.onerror = () => fail(new Error(`the pictures of ${name} cannot be read`));
       value.sheet.picture.src = value.sheet.image;
     };
-    if (explore.files[name]) return ready(explore.files[name]);
+    const files = window.exploreData ??= {};
+    if (files[name]) return ready(files[name]);
     const tag = make("script", {src: new URL(`${name}.js`, home)});
-    tag.onload = () => ready(explore.files[name]);
+    tag.onload = () => ready(files[name]);
     tag.onerror = () => fail(new Error(`${name}.js is missing`));
     document.head.append(tag);
   });
@@ -206,7 +207,8 @@ shows.flow = (box, start) => {
   }
   const handle = make("svg:circle", {r: 9, class: "handle", tabindex: 0, role: "slider", "aria-label": "start noise z",
                                      "aria-valuemin": -3, "aria-valuemax": 3, "aria-orientation": "vertical"});
-  const hit = make("svg:circle", {r: 24, class: "hit"});
+  const hit = make("svg:circle", {r: 24, class: "hit"}), drawn = make("svg:g");
+  plot.append(drawn, handle, hit);                           // these stay: a drag goes on while all else is drawn anew
   const top = 3.2, tall = 300, left = 40, bottom = 34;
   let wide = 600, model, far = [], across, down;
 
@@ -239,20 +241,18 @@ shows.flow = (box, start) => {
     for (const c of [handle, hit]) { c.setAttribute("cx", across(T - 1)); c.setAttribute("cy", down(z)); }
     plot.setAttribute("viewBox", `0 0 ${wide} ${tall}`);
     plot.setAttribute("height", tall);
-    const focused = document.activeElement === handle;
     const arc = range(21).map(i => { const u = Math.round(t.value + (s - t.value)*i/20); return [u, addNoise(step.x0, step.eps, u)]; });
     const hill = range(81).map(i => -top + top*i/40), peak = Math.max(...hill.map(x => model.density(x)));
     const text = (x, y, words, anchor = "middle") => make("svg:text", {x, y, "text-anchor": anchor}, words);
-    plot.replaceChildren(
+    drawn.replaceChildren(
       make("svg:path", {class: "hill", d: `M${across(0)} ${down(-top)}` + hill.map(x => `L${(across(0) + 40*model.density(x)/peak).toFixed(1)} ${down(x).toFixed(1)}`).join("") + "Z"}),
       ...[-2, 0, 2].flatMap(v => [make("svg:line", {class: "rule", x1: left, x2: across(0), y1: down(v), y2: down(v)}), text(left - 14, down(v) + 4, number(v, 0), "end")]),
-      ...[999, 750, 500, 250, 0].map(v => text(across(v), tall - bottom + 16, v)), text((left + across(0))/2, tall - 4, "t"), text(across(0) + 22, tall - bottom + 16, "data"),
+      ...[999, 750, 500, 250, 0].map(v => text(across(v), tall - bottom + 16, v)), text((left + across(0))/2, tall - 4, "t"), text(10, 14, "z"), text(across(0) + 22, tall - bottom + 16, "data"),
       ...far.map(p => line(p, "far")), make("svg:line", {class: "now", x1: across(t.value), x2: across(t.value), y1: 0, y2: tall - bottom}),
       line(path, "walk"), ...path.slice(1).map(([u, v]) => make("svg:circle", {class: "walked", cx: across(u), cy: down(v), r: 2.5})),
       line(curve(z), "curve"), line(arc, "step"), make("svg:circle", {class: "point", cx: across(t.value), cy: down(zt), r: 5}),
       make("svg:circle", {class: "stepped", cx: across(s), cy: down(step.z), r: 5}),
-      mark_of("mean", across(0), down(step.x0)), mark_of("end", across(0), down(f)), handle, hit);
-    if (focused) handle.focus({preventScroll: true});
+      mark_of("mean", across(0), down(step.x0)), mark_of("end", across(0), down(f)));
   }
   const to = v => { z = Math.max(-3, Math.min(3, Math.round(v*100)/100)); draw(); };
   const drag = e => {
@@ -290,7 +290,7 @@ shows.levels = async (box, start) => {                       // one clip at all 
   t.changed = () => {
     const at = d.times.indexOf(t.value);
     list.show({scales: `${number(alpha(t.value))}, ${number(sigma(t.value))}`, snr: decibel(t.value),
-      ...Object.fromEntries(measured.map(p => [p.name, `${number(p.distance[at], 1)} grey levels`]))});
+      ...Object.fromEntries(measured.map(p => [p.name, `${number(p.distance[at], 2)} grey levels`]))});
     screens.forEach((s, i) => s.describe(`${d.parts.find(p => p.name === parts[i]).title}, t = ${t.value}: ${d.caption}`));
     play.draw();
   };
@@ -308,7 +308,7 @@ shows.players = async (box, start) => {                      // the same noise a
   const clip = i => (i*d.captions.length + caption.value)*d.seeds.length + seed.value;
   const play = player(box, d.sheet.frames, frame => screens.forEach((s, i) => s.show(clip(i), frame)));
   caption.changed = seed.changed = () => {
-    list.show(Object.fromEntries(d.models.map((m, i) => [`m${i}`, `${number(d.scores[clip(i)], 2)}, ${d.calls[i]} network calls`])));
+    list.show(Object.fromEntries(d.models.map((m, i) => [`m${i}`, `${number(d.scores[clip(i)], 3)}, ${d.calls[i]} network calls`])));
     screens.forEach((s, i) => s.describe(`${d.models[i]}: ${d.captions[caption.value]}, seed ${d.seeds[seed.value]}`));
     play.draw();
   };
@@ -329,7 +329,7 @@ shows.guidance = async (box, start) => {                     // steps and guidan
   const play = player(box, d.sheet.frames, frame => view.show(cell(), frame));
   steps.changed = w.changed = () => {
     const row = d.rows[cell()], m = d.models[model.value];
-    list.show({calls: steps.value*m.calls, ...Object.fromEntries(Object.keys(d.columns).map(c => [c, number(row[c], 2)]))});
+    list.show({calls: steps.value*m.calls, ...Object.fromEntries(Object.keys(d.columns).map(c => [c, number(row[c], 3)]))});
     view.describe(`${m.name}, ${steps.value} steps, w = ${w.value}: ${d.caption}`);
     play.draw();
   };
@@ -348,7 +348,7 @@ shows.ablation = async (box, start) => {                     // students under t
   const at = (i, j) => i*d.values[1].length + j;
   const here = () => at(d.values[0].indexOf(sx.value), d.values[1].indexOf(sy.value));
   const play = player(box, d.sheet.frames, frame => screens.forEach((s, i) => s.show(here()*d.captions.length + i, frame)));
-  const told = v => `${number(v[0], 2)} \u00b1 ${number(v[1], 2)}`;
+  const told = v => `${number(v[0], 3)} \u00b1 ${number(v[1], 2)}`;
   sx.changed = sy.changed = () => {
     body.replaceChildren(...Object.entries(d.columns).map(([c, name]) => make("tr", {}, make("th", {scope: "row"}, name),
       make("td", {}, make("output", {"data-name": c}, told(d.rows[here()][c]))), make("td", {}, told(d.rows[at(0, 0)][c])))));
@@ -368,25 +368,25 @@ const STYLE = `
 .quarto-dark .explore { --e-curve: #6cc0f0; --e-walk: #f0a050; --e-mean: #3fd0a8; --e-end: #e8a0cc; }
 .explore :is(p, ul, dl, dd, dt, figure) { margin: 0; max-width: none; padding: 0; }
 .explore .explore-hint { font-size: .85rem; margin-bottom: .4rem; }
-.explore-controls { display: grid; gap: .35rem; margin: .5rem 0; }
+.explore-controls { display: grid; grid-template-columns: minmax(0, 1fr); gap: .35rem; margin: .5rem 0; }
 .explore label { display: flex; gap: .6rem; align-items: center; margin: 0; min-height: 2rem; }
-.explore label > span { flex: 0 0 7rem; }
+.explore label > span { flex: 0 0 6.2rem; }
 .explore input[type=range] { flex: 1 1 6rem; min-width: 5rem; width: auto; accent-color: var(--e-curve); }
 .explore select { flex: 1 1 8rem; min-width: 0; max-width: 24rem; padding: .25rem; font: inherit; color: inherit; background: var(--bs-body-bg, Canvas); border: 1px solid var(--e-line); border-radius: .25rem; }
-.explore label > output { flex: 0 0 7rem; font-variant-numeric: tabular-nums; }
+.explore label > output { flex: 0 0 6.2rem; font-variant-numeric: tabular-nums; }
 .explore :is(input, select):disabled { opacity: .4; }
 .explore-row { display: flex; gap: .6rem; align-items: center; flex-wrap: wrap; }
-.explore-row > label { flex: 1 1 14rem; }
-.explore-row > label > span { flex-basis: 3rem !important; }
+.explore-row > label { flex: 1 1 12rem; }
+.explore .explore-row > label > span { flex-basis: 2.8rem; } .explore .explore-row > label > output { flex-basis: 3.6rem; }
 .explore-play { font: inherit; color: inherit; background: none; border: 1px solid currentColor; border-radius: .25rem; min-width: 5rem; min-height: 2.2rem; }
 .explore :is(input, select, button, .handle):focus-visible { outline: 3px solid var(--e-walk); outline-offset: 2px; }
 .explore-screens { display: flex; gap: .7rem; flex-wrap: wrap; margin: .4rem 0; }
-.explore-screen { flex: 0 1 9.5rem; min-width: 8rem; }
+.explore-screen { flex: 0 1 9.5rem; min-width: 6.2rem; }
 .explore-screen canvas { width: 100%; image-rendering: pixelated; border-radius: .25rem; display: block; }
 .explore-screen figcaption { font-size: .8rem; }
 .explore-numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(15.5rem, 1fr)); gap: .1rem 1.2rem; }
 .explore-numbers > div { display: flex; justify-content: space-between; gap: .6rem; border-bottom: 1px dotted var(--e-line); }
-.explore-numbers dt { font-weight: normal; }
+.explore-numbers dt { font-weight: normal; } .explore sub { line-height: 0; }
 .explore-numbers dd, .explore-table td { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .explore-table { border-collapse: collapse; font-size: .86rem; }
 .explore-table :is(td, th) { text-align: left; font-weight: normal; padding: .15rem .8rem .15rem 0; border-bottom: 1px dotted var(--e-line); color: inherit; background: none; }
@@ -406,8 +406,6 @@ const STYLE = `
 `;
 
 window.explore = {
-  files: {},
-  file(name, value) { this.files[name] = value; },           // called by the data files
   start() {
     for (const box of document.querySelectorAll(".explore:not([data-ready])")) {
       const show = shows[box.dataset.show];
@@ -422,7 +420,6 @@ window.explore = {
     }
   },
 };
-const explore = window.explore;
 document.head.append(make("style", {}, STYLE));
-explore.start();
+window.explore.start();
 })();
