@@ -84,7 +84,7 @@ function make(tag, attrs = {}, ...inside) {
 const number = (x, digits = 4) => x.toFixed(digits).replace("-", "\u2212");
 
 function slider(label, values, value, text = String) {       // a range over a list of values
-  const input = make("input", {type: "range", "aria-label": label, min: 0, max: values.length - 1, step: 1}), out = make("output");
+  const input = make("input", {type: "range", "aria-label": label, min: 0, max: values.length - 1, step: 1}), out = make("output", {"aria-live": "off"});
   const el = make("label", {class: "explore-slider"}, make("span", {}, label), input, out);
   const show = () => { out.value = text(el.value); input.setAttribute("aria-valuetext", text(el.value)); };
   Object.defineProperty(el, "value", {get: () => values[+input.value], set: v => {
@@ -112,7 +112,7 @@ function numbers(rows) {                                     // {name: label} ->
   for (const [name, label] of Object.entries(rows)) {
     const term = make("dt");
     term.innerHTML = label;
-    list.append(make("div", {}, term, make("dd", {}, outs[name] = make("output", {"data-name": name}))));
+    list.append(make("div", {}, term, make("dd", {}, outs[name] = make("output", {"data-name": name, "aria-live": "off"}))));
   }
   list.show = values => { for (const k in values) outs[k].value = values[k]; };
   return list;
@@ -197,7 +197,7 @@ shows.flow = (box, start) => {
   const plot = make("svg:svg", {class: "explore-plot", role: "group", "aria-label": "Curves of the probability-flow ODE, noise on the left, data on the right"});
   const key = make("ul", {class: "explore-key"}, ...[["curve", "exact curve"], ["walk", "teacher\u2019s steps of k"],
     ["step", "the step from t"], ["mean", "teacher\u2019s x\u2080"], ["end", "f: end of the curve"]].map(([c, text]) => {
-    const mark = make("svg:svg", {width: 26, height: 12, "aria-hidden": "true"});
+    const mark = make("svg:svg", {viewBox: "0 0 26 12", "aria-hidden": "true"});
     mark.append(c === "mean" || c === "end" ? mark_of(c, 13, 6) : make("svg:line", {x1: 1, x2: 25, y1: 6, y2: 6, class: c}));
     return make("li", {}, mark, text);
   }));
@@ -351,7 +351,7 @@ shows.ablation = async (box, start) => {                     // students under t
   const told = v => `${number(v[0], 3)} \u00b1 ${number(v[1], 2)}`;
   sx.changed = sy.changed = () => {
     body.replaceChildren(...Object.entries(d.columns).map(([c, name]) => make("tr", {}, make("th", {scope: "row"}, name),
-      make("td", {}, make("output", {"data-name": c}, told(d.rows[here()][c]))), make("td", {}, told(d.rows[at(0, 0)][c])))));
+      make("td", {}, make("output", {"data-name": c, "aria-live": "off"}, told(d.rows[here()][c]))), make("td", {}, told(d.rows[at(0, 0)][c])))));
     screens.forEach((s, i) => s.describe(`${x} = ${sx.value}, ${y} = ${sy.value}: ${d.captions[i]}`));
     play.draw();
   };
@@ -372,7 +372,8 @@ const STYLE = `
 .explore label { display: flex; gap: .6rem; align-items: center; margin: 0; min-height: 2rem; }
 .explore label > span { flex: 0 0 6.2rem; }
 .explore input[type=range] { flex: 1 1 6rem; min-width: 5rem; width: auto; accent-color: var(--e-curve); }
-.explore select { flex: 1 1 8rem; min-width: 0; max-width: 24rem; padding: .25rem; font: inherit; color: inherit; background: var(--bs-body-bg, Canvas); border: 1px solid var(--e-line); border-radius: .25rem; }
+.explore select { flex: 1 1 8rem; min-width: 0; max-width: 24rem; padding: .25rem; font: inherit; color: inherit; background: var(--bs-body-bg, transparent); border: 1px solid var(--e-line); border-radius: .25rem; }
+.explore option { color: initial; background: initial; }
 .explore label > output { flex: 0 0 6.2rem; font-variant-numeric: tabular-nums; }
 .explore :is(input, select):disabled { opacity: .4; }
 .explore-row { display: flex; gap: .6rem; align-items: center; flex-wrap: wrap; }
@@ -381,7 +382,7 @@ const STYLE = `
 .explore-play { font: inherit; color: inherit; background: none; border: 1px solid currentColor; border-radius: .25rem; min-width: 5rem; min-height: 2.2rem; }
 .explore :is(input, select, button, .handle):focus-visible { outline: 3px solid var(--e-walk); outline-offset: 2px; }
 .explore-screens { display: flex; gap: .7rem; flex-wrap: wrap; margin: .4rem 0; }
-.explore-screen { flex: 0 1 9.5rem; min-width: 6.2rem; }
+.explore-screen { flex: 1 1 7rem; max-width: 9.5rem; }
 .explore-screen canvas { width: 100%; image-rendering: pixelated; border-radius: .25rem; display: block; }
 .explore-screen figcaption { font-size: .8rem; }
 .explore-numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(15.5rem, 1fr)); gap: .1rem 1.2rem; }
@@ -392,7 +393,7 @@ const STYLE = `
 .explore-table :is(td, th) { text-align: left; font-weight: normal; padding: .15rem .8rem .15rem 0; border-bottom: 1px dotted var(--e-line); color: inherit; background: none; }
 .explore-table caption { caption-side: bottom; color: inherit; font-size: .8rem; }
 .explore-key { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .8rem; }
-.explore-key svg { vertical-align: middle; margin-right: .3rem; }
+.explore .explore-key svg { width: 26px; height: 12px; vertical-align: middle; margin-right: .3rem; }
 .explore svg, .quarto-dark .cell-output .explore svg { background: none; border-radius: 0; overflow: visible; }
 .explore-plot { display: block; width: 100%; max-width: 100%; }
 .explore-plot text { font-size: 12px; fill: currentColor; }
@@ -402,7 +403,7 @@ const STYLE = `
 .explore .curve { stroke: var(--e-curve); stroke-width: 3; } .explore .walk { stroke: var(--e-walk); stroke-width: 1.5; stroke-dasharray: 5 3; }
 .explore .walked { fill: var(--e-walk); } .explore .step { stroke: var(--e-walk); stroke-width: 4; } .explore .stepped { fill: var(--e-walk); }
 .explore .point { fill: var(--e-curve); } .explore .mean { fill: var(--e-mean); } .explore .end { fill: none; stroke: var(--e-end); stroke-width: 3; }
-.explore .handle { fill: var(--bs-body-bg, Canvas); stroke: var(--e-curve); stroke-width: 4; } .explore .hit { fill: transparent; cursor: ns-resize; touch-action: none; }
+.explore .handle { fill: var(--bs-body-bg, transparent); stroke: var(--e-curve); stroke-width: 4; } .explore .hit { fill: transparent; cursor: ns-resize; touch-action: none; }
 `;
 
 window.explore = {
