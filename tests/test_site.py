@@ -242,7 +242,7 @@ def test_a_video_plays(visit):
 
 def test_pictures_are_dragged(visit):
     "explore.js is found from the top and from a folder; what it does is tested in tests/test_explore.py"
-    for name, count in (("gaussian.html", 1), ("tutorials/touch.html", 5)):
+    for name, count in (("consistency.html", 1), ("tutorials/touch.html", 5)):
         page = visit(name)
         assert page.locator(".explore").count() == count
         ring = page.get_by_role("slider", name="start noise z")

@@ -476,7 +476,7 @@ const STYLE = `
 .explore :is(input, select, button, .handle):focus-visible { outline: 3px solid var(--e-walk);
   outline-offset: 2px; }
 .explore-screens { display: flex; gap: .7rem; flex-wrap: wrap; margin: .4rem 0; }
-.explore-screen { flex: 1 1 7rem; max-width: 9.5rem; }
+.explore .explore-screen { flex: 1 1 7rem; max-width: 10rem; }
 .explore-screen canvas { width: 100%; image-rendering: pixelated; border-radius: .25rem; display:
   block; }
 .explore-screen figcaption { font-size: .8rem; }
