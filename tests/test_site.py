@@ -240,6 +240,21 @@ def test_a_video_plays(visit):
     assert page.evaluate("document.querySelector('video').videoWidth") == 128
 
 
+def test_pictures_are_dragged(visit):
+    "explore.js is found from the top and from a folder; what it does is tested in tests/test_explore.py"
+    for name, count in (("consistency.html", 1), ("tutorials/touch.html", 5)):
+        page = visit(name)
+        assert page.locator(".explore").count() == count
+        ring = page.get_by_role("slider", name="start noise z")
+        page.locator(".explore").first.scroll_into_view_if_needed()
+        ring.focus()
+        page.keyboard.press("End")
+        assert page.locator("output[data-name=z]").inner_text() == "3.00" and not page.wrong
+        for i in range(count): page.locator(".explore").nth(i).scroll_into_view_if_needed()
+        if count > 1: page.locator("output[data-name=held_out]").wait_for()
+        assert not page.wrong and page.get_by_text("does not work").count() == 0
+
+
 def test_search_finds_and_leads_there(visit, url):
     page = visit("index.html")
     page.locator("#quarto-search input, input[type=search], .search input").first.fill("pseudo_huber")
