@@ -93,7 +93,7 @@ function start(box) {
       add("line", {class: "rule", x1: left, x2: wide - right, y1: y(10**e), y2: y(10**e)});
       add("text", {x: left - 5, y: y(10**e) + 4, "text-anchor": "end"}, String(10**e));
     }
-    for (const g of [0, .5, 1, 1.5]) add("text", {x: x(g), y: tall - bottom + 15, "text-anchor": "middle"}, String(g));
+    for (const g of [0, .5, 1, 1.5]) add("text", {x: x(g), y: tall - bottom + 15, "text-anchor": g < 1.5 ? "middle" : "end"}, String(g));
     add("text", {x: (left + wide)/2, y: tall - 3, "text-anchor": "middle"}, "reward");
     add("text", {x: left + 5, y: top + 12}, "KL, nats");
     const curve = (cls, at) => {
@@ -138,9 +138,9 @@ const STYLE = `
 .leash-slider { display: flex; gap: .6rem; align-items: center; margin: .2rem 0; min-height: 2rem; }
 .leash-slider span { flex: 0 0 8.5rem; } .leash-slider output { flex: 0 0 3rem; text-align: right; font-variant-numeric: tabular-nums; }
 .leash-slider input { flex: 1 1 6rem; min-width: 5rem; width: auto; accent-color: var(--l-student); }
-.leash-loss { display: flex; gap: .3rem 1rem; border: 0; margin: 0; padding: 0; min-width: 0; }
-.leash-loss legend { float: left; width: 8.5rem; font-size: inherit; margin: 0; padding: .3rem 0; line-height: inherit; }
-.leash-loss label { padding: .3rem 0; min-height: 2rem; } .leash-loss input { margin: 0 .35rem 0 0; accent-color: var(--l-student); }
+.leash-loss { display: flex; flex-wrap: wrap; gap: .3rem 1rem; border: 0; margin: 0; padding: 0; min-width: 0; }
+.leash-loss legend { float: left; width: 8.5rem; flex: 0 0 8.5rem; font-size: inherit; margin: 0; padding: .3rem 0; line-height: inherit; }
+.leash-loss label { white-space: nowrap; padding: .3rem 0; min-height: 2rem; } .leash-loss input { margin: 0 .35rem 0 0; accent-color: var(--l-student); }
 .leash :is(input):focus-visible { outline: 3px solid var(--l-off); outline-offset: 2px; }
 .leash-plots { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; }
 .leash .leash-plot, .quarto-dark .cell-output .leash svg { background: none; border-radius: 0; }
