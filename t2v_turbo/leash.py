@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .consistency import pseudo_huber
 from .core import make_gen
 from .files import UserError
-from .gaussian import Gaussian, Mixture
+from .gaussian import Mixture
 from .schedule import Schedule
 from .solver import ddim_grid
 
@@ -97,7 +97,8 @@ def price(shift:Tensor, # displacement of the student (..., d)
 # %% ../nbs/13b_leash.ipynb #ad3911f3
 def _weight(schedule, t, like, weight):
     alpha, sigma = schedule.alpha_sigma(t, like)
-    if weight not in ("kl", "x0"): raise UserError(f"weight {weight!r} is unknown: use 'kl' or 'x0'")
+    if weight not in ("kl", "x0"):
+        raise UserError(f"weight {weight!r} is unknown: use 'kl' or 'x0'")
     return alpha, sigma, alpha/sigma if weight == "kl" else sigma/alpha
 
 def score_loss(x:Tensor,          # samples of the student (b, ...), with gradient
@@ -313,7 +314,10 @@ def measure(l:Leash,          # the settings
     rows = []
     for x in student(z[-1].repeat(runs, 1), t).view(runs, n, -1):
         row = dict(gain=((x - z[0]) @ l.a).mean(), right=(x @ l.a > 0).float().mean())
-        if not isinstance(l.teacher, Mixture):
+        if isinstance(l.teacher, Mixture):         # off: of a typical sample, from its mode
+            own = l.teacher.means[torch.cdist(x, l.teacher.means).argmin(1)]
+            row["off"] = ((x - own) @ l.a).median()/l.teacher.std
+        else:
             m, C = l.teacher.mean + (x - z[0]).mean(0), torch.cov(x.T)
             m0, S0 = l.teacher.mean, torch.diag(l.teacher.std**2)
             _, _, off = price(m - m0, l.a, l.teacher.std)

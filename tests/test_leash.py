@@ -172,7 +172,7 @@ def test_only_samples_get_a_gradient():
 # --- networks ------------------------------------------------------------------------------------
 
 def test_a_trained_student_lands_where_the_formula_says():
-    l = Leash(THIN, A, LEVELS, steps=300, batch=32, lr=5e-3, pool=5000)
+    l = Leash(THIN, A, LEVELS, steps=500, batch=32, lr=5e-3, pool=5000)
     for b, r in zip((0., .5), measure(l, fit(l, torch.tensor([0., .5])), 4000)):
         g, _, off = price(landing(b*A), A, THIN.std)
         assert r["gain"] == pytest.approx(g.item(), abs=.03)
@@ -210,7 +210,7 @@ def mean_of(arm, key):
 
 @pytest.mark.parametrize("arm, lam, loss, links, within", [
     ("CD", 0, "square", 1, .01), ("CD + R", 0, "square", 1, .01), ("CD + score", 2, "square", 1, .03), ("CD + score + R", 2, "square", 1, .06),
-    ("CD (pseudo-Huber) + score + R", 2, "huber", 1, .08), ("CD + R everywhere", 0, "square", 4, .02)])
+    ("CD (pseudo-Huber) + score + R", 2, "huber", 1, .06), ("CD + R everywhere", 0, "square", 4, .02)])
 def test_stored_rewards_agree_with_the_formulas(arm, lam, loss, links, within):
     "nbs/leash.csv, made by bench/leash.py: mean over five seeds of each weight"
     hold = lam*stiffness(VP, LEVELS, THIN.std)
