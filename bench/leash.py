@@ -1,6 +1,6 @@
 """The small networks of nbs/13b_leash.ipynb, five seeds for each weight of the reward, and the front page's picture
 
-    python bench/leash.py [OUT]            # train what is missing in OUT (default: nbs/leash.csv), a few minutes on one core
+    python bench/leash.py [OUT]            # train what is missing in OUT (default: nbs/leash.csv), about ten minutes on one core
     python bench/leash.py --picture        # nbs/images/leash.svg from nbs/leash.csv
 
 A line of the file is one network. A group of networks that are trained side by side is written when it is done; a run that was stopped
@@ -69,11 +69,11 @@ def picture(table, path=NBS / "images/leash.svg"):
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
-    plt.rcParams |= {"svg.hashsalt": "leash", "font.size": 10}
+    plt.rcParams |= {"svg.hashsalt": "leash", "font.size": 11}
     rows = [r | {k: float(r[k]) for k in ("beta", "gain", "kl", "off", "x", "y", "sx", "sy") if r[k]} for r in csv.DictReader(table.open(encoding="utf-8"))]
     blue, orange, green, grey = "#0072B2", "#D55E00", "#00735A", "#555555"
     arms = [("CD + R", landing(a), orange, "s", "plain CD + reward"), ("CD + score + R", landing(a, hold), blue, "o", "CD + score + reward")]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), width_ratios=(1.5, 1), layout="constrained", facecolor="white")
+    fig, (left, right) = plt.subplots(2, 1, figsize=(5.6, 5.6), height_ratios=(1, 1.15), layout="constrained", facecolor="white")   # legible on a phone
     u = torch.linspace(0, 2*torch.pi, 200)
 
     def around(mean, std, k=2, **kw): left.plot(mean[0] + k*std[0]*u.cos(), mean[1] + k*std[1]*u.sin(), **kw)
@@ -89,7 +89,7 @@ def picture(table, path=NBS / "images/leash.svg"):
         y = {"CD + R": .68, "CD + score + R": -.48}[name]
         left.text(-2.3, y, f"{label}: {off:.2f} std off the data", color=c)
     left.text(-2.3, -.74, "optimum (dotted): 0.70 std", color=green)
-    left.text(-2.3, .28, "teacher", color=grey)
+    left.text(2, -.36, "teacher", color=grey)
     left.annotate("", (2.15, .9), (1.9, .65), arrowprops=dict(arrowstyle="->", color=grey))
     left.text(1.98, .52, "reward", color=grey)
     left.set(xlim=(-2.4, 2.75), ylim=(-.95, 1.15), title="same reward: where samples lie", xlabel="along the data", ylabel="off the data")
@@ -102,7 +102,7 @@ def picture(table, path=NBS / "images/leash.svg"):
         at = [r for r in rows if r["arm"] == name]
         right.scatter([r["gain"] for r in at], [r["kl"] for r in at], c=c, marker=mark, s=14, alpha=.7, lw=0)
     right.set(yscale="log", xlim=(0, 1.1), ylim=(3e-3, 60), title="reward against distance", xlabel="gain in reward", ylabel="KL to the teacher, nats")
-    for x, y, label, c in ((.42, 13, "plain CD", orange), (.55, .95, "with the score term", blue), (.62, .1, "optimum", green)): right.text(x, y, label, color=c, ha="right" if c != green else "left")
+    for x, y, label, c in ((.42, 13, "plain CD", orange), (.72, 2.3, "with the score term", blue), (.62, .1, "optimum", green)): right.text(x, y, label, color=c, ha="right" if c != green else "left")
     with atomic(path) as tmp: fig.savefig(tmp, format="svg", metadata={"Date": None})
 
 

@@ -229,6 +229,19 @@ def test_stored_frontier():
     assert all(h < p/4 for (_, p), (_, h) in zip(plain[1:], held[1:]))
 
 
+def test_stored_mixture():
+    "CD + R moves and does not choose; with the score term students choose as the optimum does, to 0.04, and move less for more reward"
+    two = Mixture([-1., 1.], .4, [.5, .5], VP)
+    for b, gain in mean_of("mixture: CD + R", "gain").items(): assert gain == pytest.approx(b/2, abs=.01)
+    held = {k: mean_of("mixture: CD + score + R", k) for k in ("gain", "right", "off")}
+    for b, right in held["right"].items():
+        t = tilt_mixture(two, torch.ones(1), b)
+        assert right == pytest.approx((t.weights @ torch.special.ndtr(t.means[:, 0]/t.std)).item(), abs=.04)
+        assert held["gain"][b] == pytest.approx((t.weights @ t.means).item(), rel=.25) and held["off"][b] < .45*held["gain"][b]/two.std
+    plain = {k: mean_of("mixture: CD + R", k) for k in ("gain", "right", "off")}
+    assert plain["right"][1.] < .6 < held["right"][.25] and plain["gain"][1.] < held["gain"][.5] and plain["off"][1.] > 2*held["off"][.5]
+
+
 def test_stored_escape():
     "The pseudo-Huber loss: below the threshold within 0.2 standard deviations, above it far away"
     for b, y in mean_of("CD (pseudo-Huber) + R", "y").items():

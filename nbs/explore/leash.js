@@ -155,6 +155,7 @@ const STYLE = `
 .leash :is(.axis, .rule) { stroke: var(--l-line); stroke-width: .8; } .leash .arrow { stroke: currentColor; stroke-width: 1.5; } .leash .arrow-head { fill: currentColor; }
 .leash-key { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .8rem; margin: .3rem 0; padding: 0; }
 .leash-key svg { vertical-align: middle; margin-right: .3rem; background: none; }
+@media (max-width: 500px) { .leash-slider span { flex-basis: 7.5rem; } .leash-loss { gap: .3rem .8rem; } .leash-loss legend { flex-basis: 5rem; width: 5rem; } }
 .leash-verdict { margin: .3rem 0; }
 .leash-numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(15.5rem, 1fr)); gap: .1rem 1.2rem; margin: 0; }
 .leash-numbers > div { display: flex; justify-content: space-between; gap: .6rem; border-bottom: 1px dotted var(--l-line); }
