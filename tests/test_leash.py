@@ -1,6 +1,7 @@
 "Reward hacking in closed form: formulas against autograd, samples and trained networks; the picture to drag against the formulas"
 import csv
 import importlib.util
+import json
 import math
 import re
 import shutil
@@ -363,6 +364,15 @@ def test_the_picture_on_a_phone(visit):
     sizes = tab.evaluate("[...document.querySelectorAll('.leash text')].map(e => e.getBoundingClientRect().height)")
     assert sizes and min(sizes) >= 9
     assert not tab.evaluate("document.getAnimations().length")
+
+
+def test_the_page_holds_this_picture():
+    "The stored output of the notebook has the script of nbs/explore and the stiffness of today"
+    cells = json.loads(next((ROOT / "nbs").glob("*_leash.ipynb")).read_text(encoding="utf-8"))["cells"]
+    html, = ["".join(o["data"]["text/html"]) for c in cells for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
+    assert (ROOT / "nbs/explore/leash.js").read_text(encoding="utf-8") in html, "execute the notebook"
+    k = [float(v) for v in re.search(r'data-k="([^"]+)"', html)[1].split(",")]
+    assert k == pytest.approx(stiffness(VP, LEVELS, THIN.std).tolist(), rel=1e-6)
 
 
 def test_stiffness_of_all_levels_is_as_stated():
