@@ -78,7 +78,8 @@ def axis(values,         # finite numbers `(n,)`
     if low == high: low, high = low - (abs(low) or 1) * .05, high + (abs(high) or 1) * .05
     pad = .04 * (high - low)
     ticks = MaxNLocator(4).tick_values(low - pad, high + pad)
-    return low - pad, high + pad, [t for t in ticks if low - pad <= t <= high + pad], False
+    return (low - pad, high + pad,
+            [float(t) for t in ticks if low - pad <= t <= high + pad], False)
 
 def places(values,   # numbers `(n,)`
            low:float, # end of the axis
@@ -125,7 +126,7 @@ def chart(panel:Panel,     # what is plotted
     to_x = lambda v: LEFT + (WIDE - LEFT - RIGHT) * places(v, x0, x1, False)
     to_y = lambda v: HIGH - BOTTOM - (HIGH - TOP - BOTTOM) * places(v, y0, y1, log)
     k = len(steps) // 40 if len(steps) > 100 else 0
-    drawn = [dict(name=n, values=[float(f"{v:.6g}") if np.isfinite(v) else None for v in y],
+    drawn = [dict(name=n, numbers=[float(f"{v:.6g}") if np.isfinite(v) else None for v in y],
                   path=_path(to_x(steps), to_y(y)),
                   mean=_path(to_x(steps), to_y(_mean(y, k))) if k else "")
              for n, y in lines.items()]
