@@ -68,10 +68,11 @@ def lines_of(panel:Panel, # whose curves
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 420, 190, 58, 10, 10, 26
 
 def axis(values,         # finite numbers `(n,)`
+         decades:bool=True, # a wide range may be logarithmic
         )->tuple:        # lowest, highest, ticks, whether it is logarithmic
     "Choose the range and the ticks of an axis"
     low, high = float(np.min(values)), float(np.max(values))
-    if low > 0 and high / low > 100:
+    if decades and low > 0 and high / low > 100:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         ticks = [10.**p for p in powers][::max(1, len(powers) // 5)]
         return low, high, [t for t in ticks if low <= t <= high], True
@@ -108,6 +109,14 @@ def _mean(y, k):
     total = np.convolve(np.where(ok, y, 0), one, "same")
     with np.errstate(invalid="ignore"): return total / np.convolve(ok.astype(float), one, "same")
 
+def _levels(levels):
+    "Place the names of levels above their lines, and below each other"
+    found, floor = [], TOP
+    for name, y, text in sorted(levels, key=lambda l: l[1]):
+        floor = max(floor + 12, y - 4)
+        found.append((name, y, text, floor))
+    return found
+
 def number(v)->str: # short
     "Format a number for a tick"
     return f"{v:.3g}".replace("e-0", "e-").replace("e+0", "e")
@@ -121,7 +130,7 @@ def chart(panel:Panel,     # what is plotted
     if not lines: return None
     steps = np.array([r["step"] for r in rows], dtype=float)
     every = np.concatenate([*lines.values(), np.array(list(levels.values()), dtype=float)])
-    (x0, x1, xt, _), (y0, y1, yt, log) = axis(steps), axis(every[np.isfinite(every)])
+    (x0, x1, xt, _), (y0, y1, yt, log) = axis(steps, False), axis(every[np.isfinite(every)])
     if len(steps) > 1: x0, x1 = steps[0], steps[-1]
     to_x = lambda v: LEFT + (WIDE - LEFT - RIGHT) * places(v, x0, x1, False)
     to_y = lambda v: HIGH - BOTTOM - (HIGH - TOP - BOTTOM) * places(v, y0, y1, log)
@@ -134,8 +143,8 @@ def chart(panel:Panel,     # what is plotted
     return dict(title=panel.title, unit=panel.unit, source=panel.source, lines=drawn, log=log,
                 steps=[int(s) for s in steps], x=[round(float(v), 1) for v in to_x(steps)],
                 y=[float(y0), float(y1)], k=k, xticks=tick(to_x, [t for t in xt if x0 <= t <= x1]),
-                yticks=tick(to_y, yt), levels=[(n, round(float(to_y(v)), 1), number(v))
-                                               for n, v in levels.items()])
+                yticks=tick(to_y, yt), levels=_levels([(n, round(float(to_y(v)), 1), number(v))
+                                                       for n, v in levels.items()]))
 
 def charts_of(log:list,       # rows of `log.jsonl`
               looks:list,     # rows of `looks.jsonl`

@@ -53,6 +53,8 @@ VERBS = (
     Verb("ablate", "train and judge a grid of students, one row each", "running:ablate",
          (*CONFIG, "ablate:AblateOptions", "watch:WatchOptions"), make="running:for_ablate",
          own=ABLATE, without=ABLATE_SETS, **TRAINED),
+    Verb("report", "write report.html of a run, finished or not", "running:ReportOptions.run",
+         ("running:ReportOptions",), quiet=False),
     Verb("list", "teachers, students, rewards and recipes: size, licence, memory, source",
          "using:print_list"),
     Verb("recipes", "list the recipes and their flags", "recipes:print_recipes", quiet=False),

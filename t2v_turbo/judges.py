@@ -86,8 +86,8 @@ def diversity(clips:Tensor, # `(b 3 t h w)` in [0,1]
              )->Tensor: # `(b,)`, 0..255; nan for the only clip of a caption
     "Compute the mean absolute difference from the other clips of the caption, in grey levels"
     out = clips.new_full((len(clips),), float("nan"))
-    for caption in dict.fromkeys(captions):
-        at = [i for i, c in enumerate(captions) if c == caption]
+    for prompt in dict.fromkeys(captions):
+        at = [i for i, c in enumerate(captions) if c == prompt]
         if len(at) < 2: continue
         for i in at:
             others = clips[[j for j in at if j != i]]

@@ -142,7 +142,7 @@ def by_caption(run:Run)->list: # dicts: caption, rows of its clips, scores by na
         at = [i for i, c in enumerate(captions) if c == caption]
         return dict(caption=caption, clips=at, scores={r["step"]: {
             k: statistics.fmean(v[i] for i in at) for k, v in r["each"].items()} for r in rows})
-    key = next((k for k in ("held_out", "trained", "motion_amount") if k in rows[-1]["each"]))
+    key = next(k for k in ("held_out", "trained", "motion_amount") if k in rows[-1]["each"])
     found, last = [one(c) for c in dict.fromkeys(captions)], rows[-1]["step"]
     return sorted(found, key=lambda c: c["scores"][last][key])
 

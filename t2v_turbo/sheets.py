@@ -42,8 +42,8 @@ def write_sheet(path,         # of the WebP file
     x = x[:LONGEST // x.shape[2]]
     b, t, h, w, _ = x.shape
     picture = Image.fromarray(x.permute(0, 2, 1, 3, 4).reshape(b * h, t * w, 3).numpy())
-    how = dict(lossless=True) if max(h, w) <= 64 else dict(quality=75)
-    with atomic(path, sync=False) as tmp: picture.save(tmp, "WEBP", method=4, **how)
+    quality = 92 if max(h, w) <= 64 else 75               # the small ones are shown enlarged
+    with atomic(path, sync=False) as tmp: picture.save(tmp, "WEBP", method=4, quality=quality)
     return dict(clips=b, frames=t, height=h, width=w)
 
 def picture_uri(path, # of a picture that a browser reads

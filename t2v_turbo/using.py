@@ -245,7 +245,7 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # student and options
             )->list:                              # rows
     "Judge a student beside its teacher in as many steps"
     from t2v_turbo.core import make_gen
-    from t2v_turbo.evaluate import Sampler, print_table
+    from t2v_turbo.evaluate import Sampler, print_table, progress
     from t2v_turbo.evaluate import evaluate as judged
     from t2v_turbo.files import write_json
     from t2v_turbo.judges import load_judges
@@ -265,7 +265,8 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # student and options
                teacher, p, make_gen(seed), n, w)),
            Sampler(Path(o.student).name or "cd", n, n, lambda p, seed: sample_student(
                student, p, make_gen(seed), n, w))]
-    rows = [judged(s, prompts, net, seed=o.seed, repeats=o.repeats) for s in who]
+    rows = [judged(s, prompts, net, seed=o.seed, repeats=o.repeats,
+                   bar=progress(s.model, len(prompts) * o.repeats)) for s in who]
     print_table(rows)
     if o.out: write_json(o.out, rows)
     return rows
