@@ -121,6 +121,7 @@ def number(v)->str: # short
     "Format a number for a tick"
     return f"{v:.3g}".replace("e-0", "e-").replace("e+0", "e")
 
+# %% ../nbs/66d_charts.ipynb #ac8f02a0
 def chart(panel:Panel,     # what is plotted
           rows:list,       # of its file
           levels:dict={},  # label: number, drawn as a dashed level

@@ -176,6 +176,7 @@ def page(run:Run,     # read from its folder
         settings=json.dumps(run.settings, indent=2, default=str),
         **shown, **end, **_sentences(run), **_missing(run))
 
+# %% ../nbs/67_report.ipynb #f13065f5
 def write_report(folder,       # of a run
                  state:str="", # of the run; empty: found out
                 )->Path:       # of `report.html`

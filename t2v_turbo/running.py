@@ -226,7 +226,7 @@ class ReportOptions:
 
 # %% ../nbs/78_running.ipynb #8749d11a
 ABLATE = (("out", "runs/ablation"), ("eval_every", 0), ("clips_each", 4)) # its own defaults, and
-ABLATE_SETS = "seed", "keep", "track", "student_steps"                     # what it fixes
+ABLATE_SETS = "seed", "keep", "track", "student_steps", "teacher_look"     # what it fixes
 
 def ablate(cfg,   # a `train.Config`; `out` is the folder of the ablation
            o,     # `ablate.AblateOptions`

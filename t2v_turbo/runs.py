@@ -122,8 +122,8 @@ def verdict(run:Run)->dict: # kind (hacked, clear or open), title, text, and evi
             kind="hacked", title=f"Reward hacking since step {told['best']}", told=told,
             text=f"{_numbers(told)} The look of step {told['best']} was the best: use the student "
                  "of that step, stop, or lower the betas.")
-        how = (_numbers(told) if told["p"] < 1 else "The trained rewards are not higher than in any "
-               "earlier block of looks.")
+        how = _numbers(told) if told["p"] < 1 else (
+            "The trained rewards are not higher than in any earlier block of looks.")
         return dict(kind="clear", title="No sign of reward hacking", told=told, text=how)
     why = (f"The rule compares two blocks of {n} looks, and this run has {most}." if most else
            "There are no looks yet." if not run.looks else "No reward is trained, so none can be "

@@ -159,6 +159,7 @@ def _check_wan(folder, form):
 def export(o:ExportOptions, # student and form
           )->int:           # 0
     "Write a student as a stock diffusers folder, or as LoRA for diffusers or ComfyUI"
+    from t2v_turbo.card import carry_card
     from t2v_turbo.core import as_dtype, pick_device
     from t2v_turbo.export import export_lora, export_stock
     from t2v_turbo.pipeline import T2VTurboPipeline
@@ -169,10 +170,12 @@ def export(o:ExportOptions, # student and form
         pipe = T2VTurboPipeline.from_pretrained(o.student, dtype=as_dtype(o.dtype, pick_device()),
                                                 **lora_option(o))
         print(export_stock(pipe, o.out, o.w, o.origin, o.steps))
+        carry_card(o.student, o.out, o.form)
         return 0
     _check_wan(o.student, o.form)
     student = load_student(o.student, **lora_option(o))
     print(export_lora(student, o.out, o.w, o.steps, o.form == "comfyui", o.origin))
+    carry_card(o.student, o.out, o.form)
     return 0
 
 # %% ../nbs/77_using.ipynb #f2f7c66d
