@@ -216,13 +216,14 @@ def test_on_a_phone_in_the_dark_in_print_and_without_motion(visit):
 # ---- live
 
 def test_written_at_looks_and_checkpoints_alone_and_by_the_main_process(tmp_path):
-    "Seven steps, a look at every third, a save at every second"
-    t = Trainer(Config(out=str(tmp_path / "o"), steps=7, batch=2, rank=2, track="", save_every=2, objective=Objective(beta_img=0., beta_vid=0.)))
+    "Four steps, a look at every second, a save at every third"
+    (tmp_path / "p.txt").write_text(CAPTIONS[0])
+    t = Trainer(Config(out=str(tmp_path / "o"), steps=4, batch=1, rank=2, track="", save_every=3, objective=Objective(beta_img=0., beta_vid=0.)))
     written, looked = [], []
     live = SimpleNamespace(look=lambda w: looked.append(t.step), page=lambda state="": written.append((t.step, state)))
-    watch(t, WatchOptions(eval_every=3), live)
-    assert looked == [0, 3, 6, 7]
-    assert written == [(0, ""), (0, ""), (2, ""), (3, ""), (4, ""), (6, ""), (7, ""), (7, "trained")]
+    watch(t, WatchOptions(eval_every=2, prompts=str(tmp_path / "p.txt")), live)
+    assert looked == [0, 2, 4]
+    assert written == [(0, ""), (0, ""), (2, ""), (3, ""), (4, ""), (4, "trained")]
 
 
 def trainer_at(out, **more):
@@ -254,7 +255,7 @@ def run_of(folder, **settings):
 
 def test_torn_and_missing_files(tmp_path):
     out = run_of(tmp_path / "o", steps=9)
-    (out / "log.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": .5}\n{"step": 3, "lo')
+    (out / "log.jsonl").write_text('{"step": 1, "loss": null}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
     (out / "looks.jsonl").write_text("[]\n"); (out / "launches.json").write_text("{"); (out / "results.json").write_text("3")
     run = read_run(out)
     assert (run.step, run.looks, run.launches, run.results) == (2, [], [], [])
