@@ -25,7 +25,7 @@ def licence_of(teacher:str, # as `--teacher` takes it
     "Return the licence that a teacher's weights bring"
     known = next((s for n, s in TEACHERS.items() if teacher in (n, s.at, s.at.rpartition("/")[0])
                   and teacher), None)
-    if known is None: return "other", "that of the teacher's weights, which this run does not know"
+    if known is None: return "other", "not known to this run"
     return _LICENCES.get(known.licence.split(",")[0], "other"), known.licence
 
 def front_matter(run:Run)->str: # YAML
@@ -48,6 +48,10 @@ def _plain(text):
     "Keep Markdown from reading a text: a table's cell, on one line"
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
 
+def _shared(value):
+    "Return a path without the folders around it, which are nobody else's business"
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
 def scores_of(run:Run)->list: # pairs of a name and its mean at the last look
     "Return the numbers of the last look"
     row = run.looks[-1] if run.looks else {}
@@ -59,9 +63,9 @@ def model_card(run:Run)->str: # Markdown with front matter
     s, last = run.settings, (run.launches or [{}])[-1]
     names = ("teacher", "teacher_lora", "rank", "steps", "batch", "lr", "lr_schedule", "k", "w_min",
              "w_max", "reward", "beta_img", "beta_vid", "shape", "ema", "dtype", "seed")
-    used = [(n, _plain(s[n])) for n in names if s.get(n) not in (None, "")]
+    used = [(n, _plain(_shared(s[n]))) for n in names if s.get(n) not in (None, "")]
     about = run.student.get("about") or {}
-    return fill("card.md", front=front_matter(run), teacher=_plain(s.get("teacher", "unknown")),
+    return fill("card.md", front=front_matter(run), teacher=_plain(_shared(s.get("teacher", "an unknown teacher"))),
                 step=about.get("step", run.step), steps=run.steps, settings=used,
                 sampling=run.student.get("sampling") or {}, scores=scores_of(run),
                 verdict=verdict(run), licence=licence_of(str(s.get("teacher", "")))[1],

@@ -101,7 +101,9 @@ def test_a_killed_run_has_its_report(killed):
     card = (killed / "student/README.md").read_text(encoding="utf-8")
     front = yaml.safe_load(card.split("---")[1])
     assert (front["pipeline_tag"], front["library_name"], front["license"]) == ("text-to-video", "t2v_turbo", "other") and "lora" in front["tags"]
-    assert "| beta_img | 1.0 |" in card and "No verdict on reward hacking" in card and "| held out |" in card
+    beta = json.loads((killed / "settings.json").read_text())["settings"]["beta_img"]
+    assert f"| beta_img | {beta} |" in card and "| reward | tiny-image |" in card and "No verdict on reward hacking" in card and "| held out |" in card
+    assert "# A 4-step student of ms\n" in card and str(killed.parent) not in card             # no folder of this machine
 
 
 def test_the_page_can_be_made_again(killed, capsys):
