@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PANELS', 'LABELS', 'WIDE', 'HIGH', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'Panel', 'thinned', 'lines_of', 'axis', 'places',
-           'number', 'chart', 'charts_of']
+           'ticks_in_words', 'chart', 'charts_of']
 
 # %% ../nbs/66d_charts.ipynb #1c20c303
 import math
@@ -38,7 +38,8 @@ PANELS = (
     Panel("Saturation", "looks", ("saturation",)),
     Panel("High frequencies", "looks", ("high_frequency",), "grey levels"),
     Panel("Peak memory", "log", ("memory_gb",), "GiB"),
-    Panel("Time of a step", "log", ("seconds", "seconds/"), "seconds"),
+    Panel("Time of a step", "log", ("seconds",), "seconds"),
+    Panel("Time of its parts", "log", ("seconds/",), "seconds"),
     Panel("Loss scale", "log", ("scale",)), Panel("Skipped steps", "log", ("skipped",)))
 LABELS = dict(cd="consistency loss", j_img="J_img", j_vid="J_vid", r_img="image reward",
               r_vid="video reward", grad_norm="norm", lr="learning rate", held_out="held out",
@@ -68,7 +69,7 @@ def lines_of(panel:Panel, # whose curves
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 420, 190, 58, 10, 10, 26
 
 def axis(values,         # finite numbers `(n,)`
-         decades:bool=True, # a wide range may be logarithmic
+         decades:bool=True, # a wide range may be logarithmic; False: whole numbers
         )->tuple:        # lowest, highest, ticks, whether it is logarithmic
     "Choose the range and the ticks of an axis"
     low, high = float(np.min(values)), float(np.max(values))
@@ -78,7 +79,7 @@ def axis(values,         # finite numbers `(n,)`
         return low, high, [t for t in ticks if low <= t <= high], True
     if low == high: low, high = low - (abs(low) or 1) * .05, high + (abs(high) or 1) * .05
     pad = .04 * (high - low)
-    ticks = MaxNLocator(4).tick_values(low - pad, high + pad)
+    ticks = MaxNLocator(4, integer=not decades).tick_values(low - pad, high + pad)
     return (low - pad, high + pad,
             [float(t) for t in ticks if low - pad <= t <= high + pad], False)
 
@@ -117,9 +118,12 @@ def _levels(levels):
         found.append((name, y, text, floor))
     return found
 
-def number(v)->str: # short
-    "Format a number for a tick"
-    return f"{v:.3g}".replace("e-0", "e-").replace("e+0", "e")
+def ticks_in_words(ticks)->list: # `list[str]`, all different
+    "Format the numbers of an axis, with as few digits as tell them apart"
+    for n in range(3, 9):
+        found = [f"{t:.{n}g}".replace("e-0", "e-").replace("e+0", "e") for t in ticks]
+        if len({*found}) == len(found): break
+    return found
 
 # %% ../nbs/66d_charts.ipynb #ac8f02a0
 def chart(panel:Panel,     # what is plotted
@@ -140,11 +144,12 @@ def chart(panel:Panel,     # what is plotted
                   path=_path(to_x(steps), to_y(y)),
                   mean=_path(to_x(steps), to_y(_mean(y, k))) if k else "")
              for n, y in lines.items()]
-    tick = lambda to, ticks: [(round(float(to(t)), 1), number(t)) for t in ticks]
+    tick = lambda to, ticks: [(round(float(to(t)), 1), text)
+                              for t, text in zip(ticks, ticks_in_words(ticks))]
     return dict(title=panel.title, unit=panel.unit, source=panel.source, lines=drawn, log=log,
                 steps=[int(s) for s in steps], x=[round(float(v), 1) for v in to_x(steps)],
                 y=[float(y0), float(y1)], k=k, xticks=tick(to_x, [t for t in xt if x0 <= t <= x1]),
-                yticks=tick(to_y, yt), levels=_levels([(n, round(float(to_y(v)), 1), number(v))
+                yticks=tick(to_y, yt), levels=_levels([(n, round(float(to_y(v)), 1), f"{v:.3g}")
                                                        for n, v in levels.items()]))
 
 def charts_of(log:list,       # rows of `log.jsonl`

@@ -128,7 +128,9 @@ def _tiles(run):
     "Return the numbers at the top of the page"
     last, look, s = (run.log or [{}])[-1], (run.looks or [{}])[-1], run.settings
     took = sum(r.get("seconds") or 0. for r in run.log)
-    found = {"teacher": s.get("teacher"), "rewards": s.get("reward") or None,
+    teacher = str(s["teacher"]) if s.get("teacher") else None
+    if teacher and Path(teacher).is_absolute(): teacher = Path(teacher).name
+    found = {"teacher": teacher, "rewards": s.get("reward") or None,
              "weights": f"{s['beta_img']:g} image, {s['beta_vid']:g} video"
              if {"beta_img", "beta_vid"} <= s.keys() else None,
              "loss": last.get("loss"), "held-out reward": look.get("held_out"),

@@ -85,7 +85,7 @@ def test_a_killed_run_has_its_report(killed):
     html = (killed / "report.html").read_text(encoding="utf-8")
     assert "Running, step 4 of 200" in html                                    # written at the last look, before the kill
     for title in ("Loss", "Terms of the rewards", "Rewards of training clips", "Gradient norm, before clipping", "Learning rate", "Rewards at looks",
-                  "Held-out reward at looks", "Motion", "Diversity", "Distance from plain CD", "Peak memory", "Time of a step"):
+                  "Held-out reward at looks", "Motion", "Diversity", "Distance from plain CD", "Peak memory", "Time of a step", "Time of its parts"):
         assert f"<figcaption>{title}" in html, title
     assert "No verdict on reward hacking" in html and "two blocks of 4 looks, and this run has 3" in html
     assert re.search(r"Motion at the last look: [\d.]+ grey levels, \d+ % of the teacher&#39;s", html) and "Diversity at the last look" in html
