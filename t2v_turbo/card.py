@@ -6,7 +6,6 @@
 __all__ = ['MARK', 'licence_of', 'front_matter', 'scores_of', 'model_card', 'write_card', 'carry_card']
 
 # %% ../nbs/66e_card.ipynb #8616be90
-import json
 import math
 from pathlib import Path
 
@@ -65,7 +64,8 @@ def model_card(run:Run)->str: # Markdown with front matter
              "w_max", "reward", "beta_img", "beta_vid", "shape", "ema", "dtype", "seed")
     used = [(n, _plain(_shared(s[n]))) for n in names if s.get(n) not in (None, "")]
     about = run.student.get("about") or {}
-    return fill("card.md", front=front_matter(run), teacher=_plain(_shared(s.get("teacher", "an unknown teacher"))),
+    teacher = _plain(_shared(s.get("teacher", "an unknown teacher")))
+    return fill("card.md", front=front_matter(run), teacher=teacher,
                 step=about.get("step", run.step), steps=run.steps, settings=used,
                 sampling=run.student.get("sampling") or {}, scores=scores_of(run),
                 verdict=verdict(run), licence=licence_of(str(s.get("teacher", "")))[1],

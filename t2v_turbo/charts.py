@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from .templates import fill
-
 # %% ../nbs/66d_charts.ipynb #569aa183
 @dataclass(frozen=True)
 class Panel:

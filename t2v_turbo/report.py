@@ -11,8 +11,6 @@ import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
-from torch import Tensor
-
 from .card import write_card
 from .charts import charts_of
 from .evaluate import cells
@@ -189,6 +187,17 @@ def write_report(folder,       # of a run
     if run.student: write_card(run)
     return path
 
+# %% ../nbs/67_report.ipynb #a174ead7
+def _taught(trainer, o, watcher):
+    "Sample the teacher, unless the folder has these clips; a collective if it is sharded"
+    if not o.teacher_look: return {}
+    title = f"teacher, {o.teacher_look} steps"
+    try: about = json.loads((Path(trainer.cfg.out) / "looks" / "about.json").read_text())
+    except (OSError, ValueError): about = {}
+    there = about.get("captions") == watcher.prompts and not trainer.sharded and any(
+        r["name"] == title for r in about.get("others", ()))
+    return dict(teacher=(title, None if there else watcher.teach()))
+
 # %% ../nbs/67_report.ipynb #29f26fe4
 class Live:
     "Keep `report.html` of a run current"
@@ -199,23 +208,12 @@ class Live:
         self.trainer, self.o, self.folder = trainer, o, Path(trainer.cfg.out)
         self.main, self.compared, self.failed = trainer.accelerator.is_main_process, False, False
 
-    def _teacher(self, watcher):
-        "Sample the teacher, unless the folder has these clips; a collective if it is sharded"
-        title = f"teacher, {self.o.teacher_look} steps"
-        if not self.o.teacher_look: return {}
-        try: about = json.loads((self.folder / "looks" / "about.json").read_text())
-        except (OSError, ValueError): about = {}
-        there = about.get("captions") == watcher.prompts and any(
-            o["name"] == title for o in about.get("others", ()))
-        there = there and not self.trainer.sharded
-        return dict(teacher=(title, None if there else watcher.teach()))
-
     def look(self,
              watcher, # a `Watcher` that has just looked; a collective if its student is sharded
             )->None:
         "Write the clips of a look"
         try:
-            others = {} if self.compared else self._teacher(watcher)
+            others = {} if self.compared else _taught(self.trainer, self.o, watcher)
             if not self.main: self.compared = True; return
             path = self.folder / "looks" / f"step-{self.trainer.step:08d}.webp"
             sheet = write_sheet(path, watcher.clips)

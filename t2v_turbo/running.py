@@ -9,7 +9,7 @@ __all__ = ['ABLATE', 'ABLATE_SETS', 'DistillOptions', 'weights_in_words', 'read_
 # %% ../nbs/78_running.ipynb #fcb1e772
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from .files import UserError, at_least, typed
