@@ -17,10 +17,10 @@ from matplotlib.ticker import MaxNLocator
 @dataclass(frozen=True)
 class Panel:
     "A chart of some numbers over the steps"
-    title:str
+    title:str  # above the chart
     source:str # `log` or `looks`
     keys:tuple # of a row; one that ends with `/` stands for all that begin with it
-    unit:str = ""
+    unit:str = "" # of its numbers, beside the title
 
 PANELS = (
     Panel("Loss", "log", ("loss", "cd")), Panel("Terms of the rewards", "log", ("j_img", "j_vid")),

@@ -38,7 +38,7 @@ def whole_rows(path, # a file of JSON lines
 @dataclass(frozen=True)
 class Run:
     "What a run has written so far"
-    folder:Path
+    folder:Path   # of the run
     settings:dict # name of an option: value
     log:list      # a row for each step
     looks:list    # a row for each look
