@@ -61,13 +61,16 @@ def lines_of(panel:Panel, # whose curves
     value = lambda v: float(v) if isinstance(v, (int, float)) else math.nan
     found = {LABELS.get(k, k.partition("/")[2] or k): np.array([value(r.get(k)) for r in rows])
              for k in keys}
-    return {k: v for k, v in found.items() if (v[np.isfinite(v)] != 0).any()}
+    real = {k: v[np.isfinite(v)] for k, v in found.items()}
+    return {k: v for k, v in found.items()
+            if len(real[k]) and (panel.source == "looks" or (real[k] != 0).any())}
 
 # %% ../nbs/66d_charts.ipynb #5f3fa5de
 WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 420, 190, 58, 10, 10, 26
 
 def axis(values,         # finite numbers `(n,)`
-         decades:bool=True, # a wide range may be logarithmic; False: whole numbers
+         decades:bool=True, # a wide range may be logarithmic
+         whole:bool=False,  # only whole numbers
         )->tuple:        # lowest, highest, ticks, whether it is logarithmic
     "Choose the range and the ticks of an axis"
     low, high = float(np.min(values)), float(np.max(values))
@@ -77,7 +80,7 @@ def axis(values,         # finite numbers `(n,)`
         return low, high, [t for t in ticks if low <= t <= high], True
     if low == high: low, high = low - (abs(low) or 1) * .05, high + (abs(high) or 1) * .05
     pad = .04 * (high - low)
-    ticks = MaxNLocator(4, integer=not decades).tick_values(low - pad, high + pad)
+    ticks = MaxNLocator(4, integer=whole).tick_values(low - pad, high + pad)
     return (low - pad, high + pad,
             [float(t) for t in ticks if low - pad <= t <= high + pad], False)
 
@@ -133,7 +136,8 @@ def chart(panel:Panel,     # what is plotted
     if not lines: return None
     steps = np.array([r["step"] for r in rows], dtype=float)
     every = np.concatenate([*lines.values(), np.array(list(levels.values()), dtype=float)])
-    (x0, x1, xt, _), (y0, y1, yt, log) = axis(steps, False), axis(every[np.isfinite(every)])
+    (x0, x1, xt, _), (y0, y1, yt, log) = axis(steps, False, True), axis(
+        every[np.isfinite(every)], panel.unit != "seconds")        # shares of time add up
     if len(steps) > 1: x0, x1 = steps[0], steps[-1]
     to_x = lambda v: LEFT + (WIDE - LEFT - RIGHT) * places(v, x0, x1, False)
     to_y = lambda v: HIGH - BOTTOM - (HIGH - TOP - BOTTOM) * places(v, y0, y1, log)

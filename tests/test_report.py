@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from t2v_turbo.card import licence_of, model_card
-from t2v_turbo.charts import LEFT, RIGHT, WIDE, chart, charts_of
+from t2v_turbo.charts import LEFT, PANELS, RIGHT, WIDE, chart, charts_of
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError, write_json
@@ -307,8 +307,9 @@ def test_charts_by_hand():
     c, = charts_of(rows, [])
     assert c["title"] == "Loss" and [n["name"] for n in c["lines"]] == ["loss", "consistency loss"] and c["lines"][1]["numbers"] == [1., 1., None, 1., 1.]
     assert c["x"] == [58, 146, 234, 322, 410] and c["lines"][1]["path"].count("M") == 2          # a gap
+    judged, = charts_of([], [dict(step=i, shape=1., clean=0.) for i in (0, 50)])
+    assert [n["name"] for n in judged["lines"]] == ["shape", "clean"]                            # a judge's zero is a result
     many = [dict(step=i, loss=1. + i) for i in range(10_000)]
-    from t2v_turbo.charts import PANELS
     big = chart(PANELS[0], many)
     assert len(big["steps"]) == 600 and (big["steps"][0], big["steps"][-1]) == (0, 9999) and big["log"] and big["lines"][0]["mean"]
     assert len(chart(PANELS[0], many[:1])["lines"][0]["path"]) > 3                               # one point is a dot
