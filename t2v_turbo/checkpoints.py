@@ -178,10 +178,11 @@ def check_claim(folder:str|Path, # output folder of a run
                )->None:
     "Raise `UserError` where `claim`, or a later write, would; write nothing"
     folder = Path(folder); lock = folder / "run.lock"
-    for part in (folder, folder / "checkpoints", folder / "student", folder / "tracking"):
+    for part in (folder, *(folder / n for n in ("checkpoints", "student", "tracking", "looks"))):
         if why := blocked(part): raise UserError(
             f"cannot write to the output folder {str(part)!r} ({why}): choose another --out")
-    for name in ("log.jsonl", "looks.jsonl", "settings.json", "results.json", "report.html"):
+    for name in ("log.jsonl", "looks.jsonl", "settings.json", "launches.json", "results.json",
+                 "report.html"):
         if (folder / name).is_dir(): raise UserError(
             f"{str(folder / name)!r} is a folder where a file is to be written: choose another "
             "--out")

@@ -31,7 +31,7 @@ TRAINING = (("start from", "recipe config dry_run"),
                              "optimizer ema clip seed max_skipped"),
             ("memory", "dtype save_memory compile"),
             ("judging", "eval_every student_w student_steps clips_each prompts held_out reference "
-                        "on_hacking patience repeats teacher_w"),
+                        "on_hacking patience teacher_look repeats teacher_w"),
             ("files", "out save_every keep keep_every track"))
 GROUPS = (("model", "student teacher teacher_lora variant dtype_of_teacher"),
           ("what to work on", "data texts prompt prompts suite samples frames height width fps"),
@@ -53,6 +53,8 @@ VERBS = (
     Verb("ablate", "train and judge a grid of students, one row each", "running:ablate",
          (*CONFIG, "ablate:AblateOptions", "watch:WatchOptions"), make="running:for_ablate",
          own=ABLATE, without=ABLATE_SETS, **TRAINED),
+    Verb("report", "write report.html of a run, finished or not", "running:ReportOptions.run",
+         ("running:ReportOptions",), quiet=False),
     Verb("list", "teachers, students, rewards and recipes: size, licence, memory, source",
          "using:print_list"),
     Verb("recipes", "list the recipes and their flags", "recipes:print_recipes", quiet=False),

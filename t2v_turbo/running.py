@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ABLATE', 'ABLATE_SETS', 'DistillOptions', 'weights_in_words', 'read_config', 'for_distill', 'for_ablate', 'distill',
-           'train', 'samplers', 'report', 'ablate']
+           'train', 'samplers', 'report', 'ReportOptions', 'ablate']
 
 # %% ../nbs/78_running.ipynb #fcb1e772
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from .files import UserError, at_least, typed
@@ -90,9 +90,10 @@ def distill(cfg=None,     # a `train.Config`
             extra=None,   # `DistillOptions`
             looks=None,   # `watch.WatchOptions`
            )->dict:       # rows, paths; of a dry run {}
-    "Train a student, judge it, and write its settings, `results.json` and `report.html`"
+    "Train a student and judge it; `report.html` is current at looks, checkpoints and the end"
     from t2v_turbo.checkpoints import claim_together
     from t2v_turbo.config import warn_of_words
+    from t2v_turbo.provenance import note_launch
     from t2v_turbo.rewards.names import reward_named
     from t2v_turbo.rewards.tiny import REWARD_KINDS
     from t2v_turbo.train import Config, Trainer
@@ -113,7 +114,9 @@ def distill(cfg=None,     # a `train.Config`
         warn_of_words([reward_named(looks.held_out)], prompts, looks.prompts or "the tiny world")
     with claim_together(cfg.out, trainer.accelerator), trainer.together():
         resumed = trainer.resume()
-        if main: note_settings(cfg.out, "distill", given, extra, looks)
+        if main:
+            note_settings(cfg.out, "distill", given, extra, looks)
+            note_launch(cfg.out, trainer.step, trainer.accelerator.num_processes, trainer.sharded)
         best = train(trainer, looks, resumed)    # the last call that needs every process
         return report(trainer, extra, looks, best) if main else {}
 
@@ -125,6 +128,7 @@ def train(trainer, # a `Trainer`, in a folder that is claimed
     "Train to the last step; a collective: call it on every process"
     from t2v_turbo import watch as watching
     from t2v_turbo.data.clips import reasons
+    from t2v_turbo.report import Live
     cfg, acc = trainer.cfg, trainer.accelerator
     if acc.is_main_process:
         if resumed: print(f"resumed at step {trainer.step} of {cfg.steps}")
@@ -132,7 +136,7 @@ def train(trainer, # a `Trainer`, in a folder that is claimed
         over = ", the denoiser sharded over them" if trainer.sharded else ""
         print(f"{acc.num_processes} process(es){over}, {cfg.batch} clips a step in all, "
               f"{sum(p.numel() for p in trainer.params) / 1e6:.2f} M parameters train")
-    best = watching.watch(trainer, looks)
+    best = watching.watch(trainer, looks, Live(trainer, looks))
     if best is not None: watching.keep_best(trainer, best)
     gone = trainer.left_out()                    # the last gathered value
     if acc.is_main_process and gone:
@@ -175,38 +179,54 @@ def report(trainer, # a trained `Trainer`
            best:int|None=None, # step of the kept look; `None`: the last step
           )->dict:  # rows, and the paths of the files
     "Evaluate all samplers, print the table, write `results.json` and `report.html`"
-    from t2v_turbo.evaluate import evaluate, print_table
+    from t2v_turbo.evaluate import evaluate, print_table, progress
+    from t2v_turbo.files import write_json
     from t2v_turbo.judges import load_judges
-    from t2v_turbo.report import write_report
+    from t2v_turbo.report import Live, write_films
     from t2v_turbo.saved import load_student
     from t2v_turbo.teachers.folders import SHIPPED
-    from t2v_turbo.watch import read_rows
     from t2v_turbo.world import caption, combos
-    out, cfg = Path(trainer.cfg.out), trainer.cfg
+    out, cfg, live = Path(trainer.cfg.out), trainer.cfg, Live(trainer, looks)
+    page, kept = out / "report.html", "" if best is None else f", best look at step {best}"
     if cfg.teacher not in SHIPPED or cfg.data:
-        print(f"student: {out / 'student'} (the judges know the tiny world only: no table)")
-        return dict(student=str(out / "student"))
+        live.page("finished" + kept)
+        print(f"student: {out / 'student'} (the judges know the tiny world only: no table)\n{page}")
+        return dict(student=str(out / "student"), report=str(page))
     prompts = [caption(*a) for a in combos("heldout").tolist()]
     plain = not (cfg.objective.beta_img or cfg.objective.beta_vid)
     whole = not (trainer.sharded or trainer.texts or best is not None)    # else load its files
     student = trainer.student
     if not whole: student = load_student(out / "student").to(trainer.accelerator.device)
-    kept = "" if best is None else f", best look at step {best}"
     who = samplers(student, extra, looks, ("cd (this run)" if plain else "turbo") + kept)
-    judges = load_judges()
-    rows = [evaluate(s, prompts, judges, seed=cfg.seed, repeats=extra.repeats) for s in who]
+    judges, n = load_judges(), len(prompts) * extra.repeats
+    rows = [evaluate(s, prompts, judges, seed=cfg.seed, repeats=extra.repeats,
+                     bar=progress(s.model, n)) for s in who]
+    write_json(out / "results.json", rows)
     shown = prompts[::4]
-    clips = {f"{s.model}, {s.steps} steps": s.sample(shown, cfg.seed) for s in who}
-    curves = dict(train=read_rows(out / "log.jsonl"), looks=read_rows(out / "looks.jsonl"))
-    page = write_report(out, rows, curves, shown, clips,
-                        asdict(cfg) | asdict(extra) | asdict(looks))
+    write_films(out, shown, {f"{s.model}, {s.steps} steps": s.sample(shown, cfg.seed) for s in who})
+    live.page("finished and judged" + kept)
     print_table(rows)
     print(f"{out / 'results.json'}\n{page}")
     return dict(rows=rows, results=str(out / "results.json"), report=str(page))
 
+# %% ../nbs/78_running.ipynb #24ca6364
+@dataclass(frozen=True)
+class ReportOptions:
+    "Write report.html out of the folder of a run, finished or not"
+    folder:str # of the run
+
+    def __post_init__(self): typed(self)
+
+    def run(self)->int: # 0
+        "Write the page, and the card of the student"
+        from t2v_turbo.report import write_report
+        path = write_report(self.folder)
+        print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
+        return 0
+
 # %% ../nbs/78_running.ipynb #8749d11a
 ABLATE = (("out", "runs/ablation"), ("eval_every", 0), ("clips_each", 4)) # its own defaults, and
-ABLATE_SETS = "seed", "keep", "track", "student_steps"                     # what it fixes
+ABLATE_SETS = "seed", "keep", "track", "student_steps", "teacher_look"     # what it fixes
 
 def ablate(cfg,   # a `train.Config`; `out` is the folder of the ablation
            o,     # `ablate.AblateOptions`

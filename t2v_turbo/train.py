@@ -35,7 +35,7 @@ from .files import UserError, atomic, write_json
 from .full import check_full, make_student, room_of
 from .identity import differing, reward_identity, same_teacher, teacher_identity
 from .memory import save_memory, savings_of
-from .meter import peak_gb
+from .meter import Clock, peak_gb
 from .optimizer import compile_denoiser
 from .rewards.names import options_of, parse_reward, rewards_from
 from .rewards.tiny import TinyReward
@@ -144,6 +144,8 @@ def _lighten(teacher, cfg):
 def _ready(self:Trainer):
     "Lighten the teacher, and give the model its device, optimiser, precision and EMA"
     _lighten(self.student.teacher, self.cfg)
+    self.clock = Clock(self.accelerator.device)
+    self.model.phase = self.clock.phase
     self.engine.prepare(self.model, self.cfg.lr, self.cfg.ema)
 
 @patch
@@ -238,7 +240,7 @@ def backward(self:Trainer,
         piece = slice(i, i + n)
         with engine.piece(last=i + n >= len(prompts)), self.dropout.clips(seeds[piece]):
             out = self.terms(x[piece], prompts[piece], d.rows(piece))
-            good = engine.backward(out.loss, cfg.accumulate)
+            with self.model.phase("backward"): good = engine.backward(out.loss, cfg.accumulate)
         means = torch.stack([getattr(out, k).detach().mean() for k in TERMS])
         got.append(torch.cat([means, means.new_tensor([not good, bool(self.asked)])]))
     row = self.accelerator.reduce(torch.stack(got).mean(0), "mean").tolist()
@@ -393,14 +395,17 @@ def one_step(self:Trainer,
              feed,        # yields `(step, clips, captions)` of this process, see `Prefetch`
             )->dict:      # row of the log
     "Compute gradient and update, and log a row; end a run whose loss stays not finite"
-    start, read, precision = time.time(), self.read(feed), self.engine.precision
+    start, precision, phase = time.time(), self.engine.precision, self.clock.phase
     scale = precision.scale                              # of this step
+    with phase("wait for data"): read = self.read(feed)
     row = self.backward(read)
     bad, asked = row.pop("bad") > 0, row.pop("asked") > 0
     if asked and not self.asked: self.asked.append(15)   # another process was sent SIGTERM
     self.agreed = asked                                  # since before this step, on all processes
-    row |= dict(grad_norm=self.update(bad), step=self.step, skipped=self.skipped,
-                seconds=time.time() - start, memory_gb=peak_gb())
+    with phase("update"): norm = self.update(bad)
+    row |= dict(grad_norm=norm, step=self.step, skipped=self.skipped, memory_gb=peak_gb(),
+                lr=lr_at(self.cfg, self.step - 1), seconds=time.time() - start)
+    row |= {f"seconds/{n}": s for n, s in self.clock.read().items()}
     if precision.scaled: row["scale"] = scale
     self.log(row)
     if self.in_a_row >= self.cfg.max_skipped:

@@ -161,6 +161,7 @@ def _check_wan(folder, form):
 def export(o:ExportOptions, # student and form
           )->int:           # 0
     "Write a student as a stock diffusers folder, or as LoRA for diffusers or ComfyUI"
+    from t2v_turbo.card import carry_card
     from t2v_turbo.core import as_dtype, pick_device
     from t2v_turbo.export import export_lora, export_stock
     from t2v_turbo.pipeline import T2VTurboPipeline
@@ -171,10 +172,12 @@ def export(o:ExportOptions, # student and form
         pipe = T2VTurboPipeline.from_pretrained(o.student, dtype=as_dtype(o.dtype, pick_device()),
                                                 **lora_option(o))
         print(export_stock(pipe, o.out, o.w, o.origin, o.steps))
+        carry_card(o.student, o.out, o.form)
         return 0
     _check_wan(o.student, o.form)
     student = load_student(o.student, **lora_option(o))
     print(export_lora(student, o.out, o.w, o.steps, o.form == "comfyui", o.origin))
+    carry_card(o.student, o.out, o.form)
     return 0
 
 # %% ../nbs/77_using.ipynb #f2f7c66d
@@ -247,7 +250,7 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # student and options
             )->list:                              # rows
     "Judge a student beside its teacher in as many steps"
     from t2v_turbo.core import make_gen
-    from t2v_turbo.evaluate import Sampler, print_table
+    from t2v_turbo.evaluate import Sampler, print_table, progress
     from t2v_turbo.evaluate import evaluate as judged
     from t2v_turbo.files import write_json
     from t2v_turbo.judges import load_judges
@@ -267,7 +270,8 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # student and options
                teacher, p, make_gen(seed), n, w)),
            Sampler(Path(o.student).name or "cd", n, n, lambda p, seed: sample_student(
                student, p, make_gen(seed), n, w))]
-    rows = [judged(s, prompts, net, seed=o.seed, repeats=o.repeats) for s in who]
+    rows = [judged(s, prompts, net, seed=o.seed, repeats=o.repeats,
+                   bar=progress(s.model, len(prompts) * o.repeats)) for s in who]
     print_table(rows)
     if o.out: write_json(o.out, rows)
     return rows

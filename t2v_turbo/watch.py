@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WatchOptions', 'look_every', 'enough_frames', 'score_clips', 'held_out_of', 'look_prompts', 'Watcher', 'fall',
-           'best_look', 'hacked', 'read_rows', 'watch', 'keep_best']
+           'best_look', 'evidence', 'hacked', 'read_rows', 'watch', 'keep_best']
 
 # %% ../nbs/65_watch.ipynb #4475de32
 import json
@@ -29,9 +29,9 @@ from .core import step_gen, strip
 from .data.tables import read_prompts
 from .distill import video_frames_of
 from .files import UserError, at_least, atomic, typed
-from .judges import (high_frequency, judge, judge_score, load_judges, motion_amount,
-                              saturation)
-from .pipeline import sample_student
+from .judges import (diversity, high_frequency, judge, judge_score, load_judges,
+                              motion_amount, saturation)
+from .pipeline import sample_student, sample_teacher
 from .rewards.base import per_frame
 from .rewards.names import FACTS, options_of, parse_reward, reward_named
 from .rewards.tiny import load_reward
@@ -54,10 +54,13 @@ class WatchOptions:
     reference:str = ""       # folder of a plain-CD student; empty: the tiny world's
     on_hacking:str = "warn"  # off, warn or stop when it falls while the trained rewards rise
     patience:int = 4         # looks averaged on either side of the fall
+    teacher_look:int = 25    # DDIM steps of the teacher's clips in the report, made once; 0: none
 
     def __post_init__(self):
         typed(self)
-        at_least(vars(self), eval_every=0, clips_each=1, patience=1)
+        at_least(vars(self), eval_every=0, clips_each=1, patience=1, teacher_look=0)
+        if self.teacher_look > 1000: raise UserError(
+            f"teacher_look is {self.teacher_look}: give at most 1000 DDIM steps, or 0")
         if not (self.student_w == -1 or 0 <= self.student_w < math.inf):
             raise UserError(f"student_w is {self.student_w}: give 0 or more, or -1 for the "
                             "student's own")
@@ -157,6 +160,15 @@ class Watcher:
         return torch.cat([sample_student(student, p, step_gen(0, i, "looks"), self.steps,
                                          self.w).cpu() for i, p in enumerate(parts)])
 
+    @torch.no_grad()
+    def teach(self)->Tensor:
+        "Sample the teacher's clips `(b 3 t h w)` of the same captions, on the CPU"
+        n, steps = self._at_once, self.o.teacher_look
+        parts = [self.prompts[i:i+n] for i in range(0, len(self.prompts), n)]
+        with self.trainer.student.as_teacher() as teacher:
+            return torch.cat([sample_teacher(teacher, p, step_gen(0, i, "looks"), steps).cpu()
+                              for i, p in enumerate(parts)])
+
     @property
     def _at_once(self):
         return max(1, self.trainer.cfg.batch // self.trainer.accelerator.num_processes)
@@ -202,6 +214,8 @@ def look(self:Watcher)->dict: # a row, ready for JSON; `each` holds the scores o
     if "held_out" in got: each["held_out"] = got["held_out"].tolist()
     if self.judges: got |= judge(self.judges, clips, self.prompts)
     got |= {f.__name__: f(clips) for f in (motion_amount, saturation, high_frequency)}
+    if self.o.clips_each > 1: got["diversity"] = diversity(clips, self.prompts)
+    each["motion_amount"] = got["motion_amount"].tolist()
     if self.reference is not None:
         got["distance"] = 255 * (clips - self.reference).abs().mean((1, 2, 3, 4))
     return dict(step=t.step, **{k: v.mean().item() for k, v in got.items()}, each=each)
@@ -233,16 +247,26 @@ def best_look(rows:list, # looks in order, from `Watcher.look`
     rows, (held, _) = _compared(rows)
     return rows[int(held.argmax())]["step"] if rows else None
 
+def evidence(rows:list,      # looks in order, from `Watcher.look`
+             patience:int=4, # looks in a block
+            )->dict:         # numbers of the block that speaks most for hacking, see below
+    "Return what the rule sees: whether the run is hacked, and the numbers behind it"
+    same, (held, trained) = _compared(rows)
+    told, p = dict(looks=len(same), patience=patience, hacked=False), fall(held, patience)
+    if not len(p): return told
+    held, trained = (sliding_window_view(v, patience).mean(1) for v in (held, trained))
+    rose = trained[-1] > trained[:len(p)]
+    p = np.where(rose & ~np.isnan(p), p, 1.)
+    at, edge, ends = int(p.argmin()), len(same)**-3., lambda v: [float(v[at]), float(v[-1])]
+    return told | dict(hacked=bool(p[at] < edge), best=best_look(same), p=float(p[at]), edge=edge,
+                       start=same[at]["step"], held=ends(held), trained=ends(trained))
+
 def hacked(rows:list,      # looks in order, from `Watcher.look`
            patience:int=4, # looks in a block
           )->int|None:     # step of the best look of the held-out reward, or None
     "Detect a held-out reward that fell, beyond noise, while the trained rewards rose"
-    same, (held, trained) = _compared(rows)
-    p = fall(held, patience)
-    if not len(p): return None
-    trained = sliding_window_view(trained, patience).mean(1)
-    found = (p < len(held)**-3.) & (trained[-1] > trained[:len(p)])
-    return best_look(same) if found.any() else None
+    told = evidence(rows, patience)
+    return told["best"] if told["hacked"] else None
 
 # %% ../nbs/65_watch.ipynb #26d0fe55
 def read_rows(path, # a file of JSON lines
@@ -253,8 +277,9 @@ def read_rows(path, # a file of JSON lines
 
 class _Looks:
     "`looks.jsonl` of a run, and the rule's verdict on it"
-    def __init__(self, trainer, o):
+    def __init__(self, trainer, o, live):
         self.trainer, self.o, self.path = trainer, o, Path(trainer.cfg.out) / "looks.jsonl"
+        self.live = live
         self.rows = [r for r in read_rows(self.path) if r["step"] <= trainer.step]
         self.watcher, self.told = Watcher(trainer, o), False
 
@@ -272,6 +297,7 @@ class _Looks:
         new = all(r["step"] != self.trainer.step for r in self.rows)
         if new:
             self.rows.append(self.watcher.look())
+            if self.live: self.live.look(self.watcher)
             if self.trainer.accelerator.is_main_process: self._show()
         if not self.trainer.accelerator.is_main_process: return False, None  # only took part
         text = "".join(json.dumps(r) + "\n" for r in self.rows)
@@ -287,22 +313,35 @@ class _Looks:
 # %% ../nbs/65_watch.ipynb #d4bab6d1
 def watch(trainer:Trainer, # perhaps resumed
           o:WatchOptions=WatchOptions(), # how to watch it
+          live=None,       # its `look` is called at looks, its `page` also at checkpoints
          )->int|None:      # step of the best look if the run was stopped as hacked, else None
     "Train with a progress bar, look at the student at intervals, warn or stop on hacking"
     acc, cfg = trainer.accelerator, trainer.cfg
     every = look_every(cfg, o)
     if every: look_prompts(trainer, o)                # raises on all processes, or on none
     here = acc.is_main_process or trainer.sharded     # a sharded student needs all processes
-    looks = _Looks(trainer, o) if every and here else None
+    show = live.page if live and acc.is_main_process else lambda state="": None
+    show()
+    try:
+        looks = _Looks(trainer, o, live) if every and here else None
+        best = _train(trainer, looks, o, every, show)
+    except BaseException as e: show(str(e) or type(e).__name__); raise
+    show("trained")
+    return best
+
+def _train(trainer, looks, o, every, show):
+    "Train, look and show; return the step of the best look if the run must stop"
+    main, cfg = trainer.accelerator.is_main_process, trainer.cfg
     if every and (best := _look(trainer, looks, o)) is not None: return best
-    with tqdm(total=cfg.steps, initial=trainer.step, desc="distil",
-              disable=not acc.is_main_process) as bar:
+    if every: show()
+    with tqdm(total=cfg.steps, initial=trainer.step, desc="distil", disable=not main) as bar:
         for row in trainer.fit():
             bar.update()
             terms = {k: f"{row[k]:.3f}" for k in ("loss", "cd", "j_img", "j_vid")}
             bar.set_postfix(terms, refresh=False)
-            if every and (trainer.step == cfg.steps or trainer.step % every == 0):
-                if (best := _look(trainer, looks, o)) is not None: return best
+            seen = every and (trainer.step == cfg.steps or trainer.step % every == 0)
+            if seen and (best := _look(trainer, looks, o)) is not None: return best
+            if seen or trainer.step % cfg.save_every == 0: show()
 
 def _look(trainer, looks, o):
     "Look (a collective), keep the best checkpoint; return its step if the run must stop"

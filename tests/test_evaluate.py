@@ -1,20 +1,14 @@
-"Judges, rows, files and the report, on clips that are rendered"
+"Judges, rows and tables, on clips that are rendered"
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 
 import pytest
 import torch
 
 from t2v_turbo.core import make_gen, step_gen, step_seed
 from t2v_turbo.evaluate import Sampler, cells, evaluate, markdown_table, print_table, summarise
-from t2v_turbo.files import UserError
 from t2v_turbo.judges import Judge, high_frequency, judge, load_judges, motion_amount, saturation
-from t2v_turbo.report import PANELS, curves_svg, write_report
 from t2v_turbo.world import blur, caption, combos, flicker, parse, render, watermark
 
 HELD = [caption(*a) for a in combos("heldout").tolist()]
@@ -137,55 +131,3 @@ def test_tables(row, capsys):
         print_table(rows)
         out = capsys.readouterr().out.splitlines()
         assert len(out) == len(rows) + 1 and len({len(l) for l in out}) == 1
-
-
-def test_curves():
-    looks = [dict(step=i, shape=.5, r_img=1.) for i in (0, 50)]
-    svg = curves_svg(dict(train=[dict(step=1, cd=.1, loss=.2)], looks=looks))
-    assert [t in svg for t in PANELS] == [True, True, False, True, False] and "currentColor" in svg
-    assert curves_svg({}) == curves_svg(dict(train=[], looks=[])) == ""
-
-
-@pytest.fixture
-def report(tmp_path, row):
-    looks = [dict(step=i, **dict.fromkeys(("shape", "colour", "motion", "clean", "r_img"), 0.1 * i)) for i in range(5)]
-    clips = {n: drawn(HELD[:2], 0) for n in ("teacher, 50 steps", "cd, 4 steps", "turbo, 4 steps")}
-    return write_report(tmp_path / "out", [row, row | dict(model="<b>&")], dict(looks=looks), HELD[:2], clips,
-                        dict(lr=1e-3, out="</pre><script>"))
-
-
-def test_results_round_trip(report, row):
-    assert json.loads((report.parent / "results.json").read_text()) == [row, row | dict(model="<b>&")]
-    assert sorted(p.name for p in report.parent.iterdir()) == ["report.html", "results.json"]
-
-
-def test_report_is_self_contained(report):
-    html, seen = report.read_text(encoding="utf-8"), []
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attrs):
-            seen.append(tag)
-            for k, v in attrs:
-                outside = k in ("src", "href", "xlink:href", "data", "poster") and not v.startswith(("data:", "#"))
-                assert not outside, (tag, k, v[:80])
-    Reader().feed(html)
-    assert seen.count("video") == 6 and seen.count("svg") == 1 and seen.count("details") == 1
-    assert not {"script", "link", "iframe", "b"} & set(seen)
-    assert not re.search(r"@import|url\((?!['\"]?(data:|#))", html)
-    assert all(p in html for p in HELD[:2]) and "prefers-color-scheme: dark" in html
-
-
-def test_failed_report_leaves_the_old_one(report, row, tmp_path):
-    before = report.read_bytes()
-    with pytest.raises(UserError, match="'cd' has 1 clips for 2 prompts"):
-        write_report(report.parent, [row], {}, HELD[:2], {"cd": drawn(HELD[:1], 0)}, {})
-    assert report.read_bytes() == before
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not on PATH")
-def test_report_opens_in_a_browser(report, tmp_path):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,1400", "--virtual-time-budget=3000"]
-    run = subprocess.run(["chromium", *flags, "--dump-dom", report.as_uri()], capture_output=True, text=True,
-                         timeout=120, env=os.environ | {"HOME": str(tmp_path)})
-    assert run.returncode == 0 and run.stdout.count("<video") == 6 and "</svg>" in run.stdout
-    assert "&lt;b&gt;&amp;" in run.stdout

@@ -159,7 +159,7 @@ def completed(*words):
     return run.stdout.split()
 
 
-@pytest.mark.parametrize("words, found", [(["dis"], ["distill"]), (["r"], ["recipes", "rate", "reward"]), (["distill", "--comp"], ["--compile"]), (["distill", "--no-c"], ["--no-compile"]),
+@pytest.mark.parametrize("words, found", [(["dis"], ["distill"]), (["r"], ["report", "recipes", "rate", "reward"]), (["distill", "--comp"], ["--compile"]), (["distill", "--no-c"], ["--no-compile"]),
                                           (["distill", "--out", "x", "--shape", ""], ["log_sigmoid", "raw"]), (["distill", "--recipe", "videocrafter2-8"], ["videocrafter2-80gb", "videocrafter2-8x"]),
                                           (["ablate", "--see"], []), (["convert", ""], ["videocrafter2", "lora", "merged"]), (["convert", "lora", "--base", ""], ["vc2", "ms"]),
                                           (["cache", "la"], ["latents"]), (["distill", "--data", "x"], []), (["rate", "make", "--par"], ["--parts"])])
