@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KATEX = "0.16.11", "RQrI8rlHY92OLf3rho/Ts8i/XvjgguEjOkO1BEXcU3N8BqPpSzBNwV/G0Ukr+P/l3ivvJUE/Fa/CwbS6HesGNQ=="
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+INK = "#262626"                                               # of Matplotlib's letters and axes, in nbs/matplotlibrc
 WIDTH = 98                                                    # letters of a print that fit beside the contents
 BAR = re.compile(r"\d+%\|")                                   # a progress bar that was stored
 
@@ -113,7 +114,8 @@ def line_of(path, name):
 def cards(nb, root):
     """Names and signatures as nbdev shows them, in the order of the source and with the whole name
 
-    nbdev turns the functions of one cell round, and loses the class and the source of what is decorated."""
+    nbdev turns the functions of one cell round, and loses the class and the source of what is decorated. The code of an exported
+    cell follows its cards; where it is open, a card is only the name and the link."""
     card = re.compile(r"(?:#\|.*\n)*show_doc\(([\w.]+)")
     url = re.compile(r"\[source\]\((\S+/blob/\w+/)(\S+?)#L(\d+)\)(\{[^}]*\})")
     body = lambda c: text(c["outputs"][0]["data"]["text/markdown"])
@@ -126,18 +128,24 @@ def cards(nb, root):
         line = first and not url.search(md) and line_of(root / first[2], name)
         if line: md = md.replace("---\n", f"---\n\n[source]({first[1]}{first[2]}#L{line}){first[4]}\n", 1)
         c["outputs"][0]["data"]["text/markdown"] = md
-    run = []
-    for i, c in enumerate([*nb["cells"], None]):
-        if any(c is s for s in shown): run.append(i)
-        elif run:
-            place = lambda c: int((url.search(body(c)) or [0]*4)[3])
-            for j, old in zip(run, sorted((nb["cells"][j] for j in run), key=place)): nb["cells"][j] = old
-            run = []
+    place = lambda c: int((url.search(body(c)) or [0]*4)[3])
+    whole, run, source = [], [], None
+    for c in [*nb["cells"], None]:
+        if any(c is s for s in shown):
+            run.append(c)
+            continue
+        if source and source["metadata"]["exported"] == "shown":           # its first lines are the signature
+            for r in run: r["outputs"][0]["data"]["text/markdown"] = re.sub(r"(?m)(^#+ .*$)(?s:.*)", r"\1\n", body(r), count=1)
+        whole += [*sorted(run, key=place), *filter(None, [source])]
+        run, source = [], c if c and "exported" in c["metadata"] else None
+        if c and not source: whole.append(c)
+    nb["cells"] = whole
 
 
 def process(root, workers):
     "nbdev's own processing -> `_proc`, then what smalldocs needs; the name of each page"
-    code = f"from nbdev.serve import proc_nbs; proc_nbs(n_workers={workers if workers > 1 else 0}, force=True)"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import nbdev.serve as s, shown; s.FilterDefaults = shown.Shown; "
+            f"s.proc_nbs(n_workers={workers if workers > 1 else 0}, force=True)")
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONWARNINGS": "ignore", "MPLBACKEND": "Agg"}
     subprocess.run([sys.executable, "-c", code], cwd=root, env=env, check=True)
     names = {}
@@ -198,6 +206,27 @@ def relink(url, page, names, home, ids):
     return posixpath.relpath(path, posixpath.dirname(page) or ".") + mark + rest
 
 
+def outside(s, up, site):
+    "Put pictures and videos that a page holds as text into files of their own, which a browser loads when they come into view"
+    def file(m):
+        data, ext = base64.b64decode(re.sub(r"\s|%0A", "", m[4])), {"svg+xml": "svg", "jpeg": "jpg"}.get(m[3], m[3])
+        path = f"media/{hashlib.sha256(data).hexdigest()[:16]}.{ext}"
+        (site / "media").mkdir(exist_ok=True)
+        (site / path).write_bytes(data)
+        return f'{m[1]}="{up}{path}"'
+    s = re.sub(r'((?:xlink:)?href|src)="data:(image|video)/([\w+]+);base64,([^"]{2000,})"', file, s)
+    return re.sub(r'<img (?=[^>]*src="[./]*media/)', '<img loading="lazy" decoding="async" ', s)
+
+
+def inked(svg):
+    "A figure of Matplotlib in the page's own ink, on the page's own ground; without the names of its parts, which every figure has"
+    s = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
+    s = re.sub(rf"(fill|stroke): (?:{INK}|#000000)", r"\1: currentColor", s)
+    s = re.sub(r'(<path\b[^>]*style="[^"]*)fill: #ffffff', r"\1fill: var(--bs-body-bg)", s)
+    s = re.sub(r'<g id="\w+?_\d+">', "<g>", re.sub(r'<g id="matplotlib[^"]*">', "<g>", s))
+    return s.replace("<svg ", '<svg class="figure-ink" ', 1)
+
+
 def finish(site, names, home):
     "Rename the pages, mend their links, and bring in what they would load from elsewhere"
     version = KATEX[0]
@@ -214,6 +243,8 @@ def finish(site, names, home):
                    lambda m: f'{m[1]}="{html.escape(relink(html.unescape(m[2]), new, names, home, ids), quote=True)}"'
                    if len(m[2]) < 2000 else m[0], s)
         s = re.sub(r"<svg alt=", '<svg role="img" aria-label=', s)
+        s = re.sub(r"<svg\b(?:(?!</svg>).)*?<metadata>.*?</svg>", lambda m: inked(m[0]), s, flags=re.S)
+        s = outside(s, up, site)
         s = re.sub(r"(?<=[\s(])–(?=[a-z])", "--", s)                          # an option, not a dash
         s = re.sub(r"(<pre\b.*?</pre>)|<code>([^<]*)</code>", lambda m: m[1] or "<code>" + re.sub(
             r"(?<![\w-])--[\w-]+|-&gt;", r'<span class="option">\g<0></span>', m[2]) + "</code>", s, flags=re.S)
