@@ -162,8 +162,22 @@ def process(root, workers):
         cards(nb, root)
         nb["cells"][0]["source"] = re.sub(r"^output-file:.*\n", "", text(nb["cells"][0]["source"]), flags=re.M)
         p.write_text(json.dumps(nb), encoding="utf-8")
+    names["404.html"] = "404.html"
+    glossary(root)
     assert len(set(names.values())) == len(names), "two notebooks would have the same page"
     return names
+
+
+def glossary(root):
+    "The tables of tutorials/glossary.ipynb, as a script that nbs/site.js reads -> `_proc/glossary.js`"
+    page = "tutorials/glossary.ipynb"
+    if not (root / "nbs" / page).exists(): return
+    md = "\n\n".join(text(c["source"]) for c in json.loads((root / "nbs" / page).read_text(encoding="utf-8"))["cells"])
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in md.split("\n") if re.match(r"\| (?!---)", line)]
+    letters = [dict(tex=re.findall(r"\$([^$]+)\$", r[0]), code=re.findall(r"`(\w+)`", r[1]), meaning=plain(r[2])) for r in rows if len(r) == 3]
+    words = [dict(word=r[0], meaning=plain(r[1])) for r in rows if len(r) == 2]
+    found = dict(letters=[l for l in letters if l["tex"]], words=[w for w in words if w["word"] != "word"], page=page.replace(".ipynb", ".html"))
+    (root / "_proc/glossary.js").write_text(f"glossary = {json.dumps(found, ensure_ascii=False)};\n", encoding="utf-8")
 
 
 # --- pages ---------------------------------------------------------------------------------------
@@ -227,6 +241,12 @@ def inked(svg):
     return s.replace("<svg ", '<svg class="figure-ink" ', 1)
 
 
+def diagram(img, path):
+    "A drawing of nbs/images in the page itself, whose scheme it follows"
+    alt = (re.search(r'alt="([^"]*)"', img) or ["", ""])[1]
+    return path.read_text(encoding="utf-8").strip().replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
+
+
 def finish(site, names, home):
     "Rename the pages, mend their links, and bring in what they would load from elsewhere"
     version = KATEX[0]
@@ -244,6 +264,7 @@ def finish(site, names, home):
                    if len(m[2]) < 2000 else m[0], s)
         s = re.sub(r"<svg alt=", '<svg role="img" aria-label=', s)
         s = re.sub(r"<svg\b(?:(?!</svg>).)*?<metadata>.*?</svg>", lambda m: inked(m[0]), s, flags=re.S)
+        s = re.sub(r'<img\b[^>]*src="([^"]*images/method\.svg)"[^>]*>', lambda m: diagram(m[0], site / posixpath.join(posixpath.dirname(old), m[1])), s)
         s = outside(s, up, site)
         s = re.sub(r"(?<=[\s(])–(?=[a-z])", "--", s)                          # an option, not a dash
         s = re.sub(r"(<pre\b.*?</pre>)|<code>([^<]*)</code>", lambda m: m[1] or "<code>" + re.sub(
@@ -260,6 +281,10 @@ def finish(site, names, home):
         s = (site / "sitemap.xml").read_text(encoding="utf-8")
         s = re.sub(rf"{re.escape(home)}/([^<]+)", lambda m: f"{home}/{names.get(m[1], m[1])}", s)
         (site / "sitemap.xml").write_text(s, encoding="utf-8")
+    lost = site / "404.html"                                              # is shown at any address below `home`
+    base = posixpath.join("/", home.split("/", 3)[3], "")
+    lost.write_text(lost.read_text(encoding="utf-8").replace("<head>", f"<head><script>if (location.pathname.startsWith({json.dumps(base)})) "
+                    f"document.write('<base href=\"{base}\">')</script>", 1), encoding="utf-8")
     (site / ".nojekyll").touch()
 
 
