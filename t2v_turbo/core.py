@@ -120,7 +120,7 @@ def show_strips(clips:Tensor, # clips (n c t h w) in [0, 1]
     each = 8*h/w + (.25 if titles else .05)        # inches per row
     fig = plt.figure(figsize=(8, max(each*len(rows), .5)), layout="constrained")
     for i, (ax, row) in enumerate(zip(fig.subplots(len(rows), squeeze=False)[:, 0], rows)):
-        ax.imshow(row.permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.imshow(row.permute(1, 2, 0).numpy(), interpolation="none")
         ax.axis("off")
         if titles: ax.set_title(titles[i], fontsize=8, loc="left", pad=2)
     plt.close(fig)                                 # the caller shows it, once
