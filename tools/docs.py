@@ -80,6 +80,18 @@ def unlink_code(nb):
             o["data"]["text/markdown"] = "".join(parts)
 
 
+def unnest(nb):
+    "nbdev links a name that stands inside a link already: the outer link counts"
+    inner = re.compile(r"(\[[^\[\]\n]*)\[(`[^`\n]+`)\]\([^)\n]*\)([^\[\]\n]*\]\()")
+    def mend(md):
+        while (new := inner.sub(r"\1\2\3", md)) != md: md = new
+        return md
+    for c in nb["cells"]:
+        if c["cell_type"] == "markdown": c["source"] = mend(text(c["source"]))
+        for o in c.get("outputs", []):
+            if "text/markdown" in o.get("data", {}): o["data"]["text/markdown"] = mend(text(o["data"]["text/markdown"]))
+
+
 def join_prints(nb):
     "What a cell prints arrives in pieces, cut wherever the kernel was ready to send: one block for each stream"
     for c in nb["cells"]:
@@ -159,6 +171,7 @@ def process(root, workers):
         join_prints(nb)
         fold(nb)
         unlink_code(nb)
+        unnest(nb)
         cards(nb, root)
         nb["cells"][0]["source"] = re.sub(r"^output-file:.*\n", "", text(nb["cells"][0]["source"]), flags=re.M)
         p.write_text(json.dumps(nb), encoding="utf-8")
@@ -174,28 +187,33 @@ def glossary(root):
     if not (root / "nbs" / page).exists(): return
     md = "\n\n".join(text(c["source"]) for c in json.loads((root / "nbs" / page).read_text(encoding="utf-8"))["cells"])
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in md.split("\n") if re.match(r"\| (?!---)", line)]
-    letters = [dict(tex=re.findall(r"\$([^$]+)\$", r[0]), code=re.findall(r"`(\w+)`", r[1]), meaning=plain(r[2])) for r in rows if len(r) == 3]
-    words = [dict(word=r[0], meaning=plain(r[1])) for r in rows if len(r) == 2]
+    clear = lambda s: re.sub(r"[`$]|[_^]\{?(?=\w)|\\", "", s)
+    letters = [dict(tex=re.findall(r"\$([^$]+)\$", r[0]), code=re.findall(r"`(\w+)`", r[1]), meaning=clear(r[2])) for r in rows if len(r) == 3]
+    words = [dict(word=r[0], meaning=clear(r[1])) for r in rows if len(r) == 2]
     found = dict(letters=[l for l in letters if l["tex"]], words=[w for w in words if w["word"] != "word"], page=page.replace(".ipynb", ".html"))
     (root / "_proc/glossary.js").write_text(f"glossary = {json.dumps(found, ensure_ascii=False)};\n", encoding="utf-8")
 
 
 # --- pages ---------------------------------------------------------------------------------------
 
-def katex(folder):
-    "KaTeX of the npm registry, checked against its hash, into `folder`; kept in the user's cache"
-    version, sha = KATEX
-    tgz = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_turbo" / f"katex-{version}.tgz"
+def package(name, version, sha):
+    "The archive of a package of the npm registry, checked against its hash and kept in the user's cache"
+    tgz = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_turbo" / f"{name}-{version}.tgz"
     good = lambda: tgz.exists() and base64.b64encode(hashlib.sha512(tgz.read_bytes()).digest()).decode() == sha
     if not good():
         tgz.parent.mkdir(parents=True, exist_ok=True)
         if shutil.which("npm"):
-            subprocess.run(["npm", "pack", f"katex@{version}", "--silent"], cwd=tgz.parent, check=True,
+            subprocess.run(["npm", "pack", f"{name}@{version}", "--silent"], cwd=tgz.parent, check=True,
                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         else:
-            urllib.request.urlretrieve(f"https://registry.npmjs.org/katex/-/katex-{version}.tgz", tgz)
-    if not good(): sys.exit(f"{tgz} is not KaTeX {version}: delete it and try again")
-    with tempfile.TemporaryDirectory() as tmp, tarfile.open(tgz) as tar:
+            urllib.request.urlretrieve(f"https://registry.npmjs.org/{name}/-/{name}-{version}.tgz", tgz)
+    if not good(): sys.exit(f"{tgz} is not {name} {version}: delete it and try again")
+    return tgz
+
+
+def katex(folder):
+    "KaTeX into `folder`"
+    with tempfile.TemporaryDirectory() as tmp, tarfile.open(package("katex", *KATEX)) as tar:
         tar.extractall(tmp, filter="data")
         dist = Path(tmp) / "package/dist"
         for f in ("katex.min.css", "katex.min.js", "contrib/auto-render.min.js", *(f"fonts/{p.name}" for p in dist.glob("fonts/*.woff2"))):
@@ -234,11 +252,12 @@ def outside(s, up, site):
 
 def inked(svg):
     "A figure of Matplotlib in the page's own ink, on the page's own ground; without the names of its parts, which every figure has"
-    s = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.S)
-    s = re.sub(rf"(fill|stroke): (?:{INK}|#000000)", r"\1: currentColor", s)
+    s = re.sub(rf"(fill|stroke): (?:{INK}|#000000)", r"\1: currentColor", svg)
     s = re.sub(r'(<path\b[^>]*style="[^"]*)fill: #ffffff', r"\1fill: var(--bs-body-bg)", s)
     s = re.sub(r'<g id="\w+?_\d+">', "<g>", re.sub(r'<g id="matplotlib[^"]*">', "<g>", s))
-    return s.replace("<svg ", '<svg class="figure-ink" ', 1)
+    size, letters = re.search(r'<svg[^>]* width="([\d.]+)pt"', s), re.findall(r"font: (?:\w+ )*([\d.]+)px", s)
+    least = 9 / (min(map(float, letters)) * 4 / 3) * float(size[1]) * 4 / 3 if size and letters else 0    # letters of 9 pixels and more
+    return s.replace("<svg ", f'<svg class="figure-ink" style="--least: {least:.0f}px" ', 1)
 
 
 def diagram(img, path):
@@ -264,7 +283,7 @@ def finish(site, names, home):
                    if len(m[2]) < 2000 else m[0], s)
         s = re.sub(r'(<i class="bi [\w-]+") role="img"></i>', r'\1 aria-hidden="true"></i>', s)     # beside its own word
         s = re.sub(r"<svg alt=", '<svg role="img" aria-label=', s)
-        s = re.sub(r"<svg\b(?:(?!</svg>).)*?<metadata>.*?</svg>", lambda m: inked(m[0]), s, flags=re.S)
+        s = re.sub(r'<svg\b[^>]*>(?:(?!</svg>).)*?<g id="figure_1">.*?</svg>', lambda m: inked(m[0]), s, flags=re.S)
         s = re.sub(r'<img\b[^>]*src="([^"]*images/method\.svg)"[^>]*>', lambda m: diagram(m[0], site / posixpath.join(posixpath.dirname(old), m[1])), s)
         s = outside(s, up, site)
         s = re.sub(r"(?<=[\s(])–(?=[a-z])", "--", s)                          # an option, not a dash
