@@ -1,4 +1,4 @@
-"""The documentation site, from the notebooks: `python tools/docs.py [--out FOLDER] [--workers N]`
+"""The documentation site, from the notebooks: `python tools/docs.py [--out FOLDER] [--workers N] [--proc]`
 
 nbdev processes the notebooks as it does for Quarto, smalldocs renders them from the same `_quarto.yml`, and the rest is
 done here: pages get the names that Quarto would give them, links between pages stay inside the site, figures get a text,
@@ -335,6 +335,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", default="", help="the folder to write (default: doc_path of settings.ini)")
     p.add_argument("--workers", type=int, default=1, help="notebooks to process at a time")
+    p.add_argument("--proc", action="store_true", help="only write _proc, for Quarto")
     p.add_argument("--root", type=Path, default=ROOT, help="the repository")
     a = p.parse_args()
-    main(a.out, a.workers, a.root.resolve())
+    process(a.root.resolve(), a.workers) if a.proc else main(a.out, a.workers, a.root.resolve())

@@ -61,6 +61,8 @@ def pictures(c): return [o for o in c.get("outputs", []) if {SVG, PNG} & o.get("
 
 def execute(path, figures=False):
     "Run a notebook in its own folder and write its outputs into it"
+    os.environ.setdefault("MATPLOTLIBRC", str(NBS / "matplotlibrc"))
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
     old, new = json.loads(path.read_text(encoding="utf-8")), read_nb(path)
@@ -100,6 +102,4 @@ def main(argv=None):
         print(f"{nb.name}  {time.time() - begin:.0f} s  {len(after) // 1000} kB", flush=True)
 
 
-os.environ.setdefault("MATPLOTLIBRC", str(NBS / "matplotlibrc"))
-os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
 if __name__ == "__main__": sys.exit(main())
