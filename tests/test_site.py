@@ -323,7 +323,7 @@ def test_a_video_plays(visit):
     page = visit("tutorials/first_video.html")
     page.locator("video").first.scroll_into_view_if_needed()
     page.wait_for_function("(v => v && v.readyState >= 2 && v.currentTime > 0)(document.querySelector('video'))", timeout=30_000)
-    assert page.evaluate("document.querySelector('video').videoWidth") == 256
+    assert page.evaluate("document.querySelector('video').videoWidth") == 128
 
 
 def test_search_finds_and_leads_there(visit, url):

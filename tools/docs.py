@@ -82,7 +82,7 @@ def unlink_code(nb):
 
 def unnest(nb):
     "nbdev links a name that stands inside a link already: the outer link counts"
-    inner = re.compile(r"(\[[^\[\]\n]*)\[(`[^`\n]+`)\]\([^)\n]*\)([^\[\]\n]*\]\()")
+    inner = re.compile(r"(\[[^\[\]\n]*)\[(`[^`\n]+`)\]\([^)\n]*\)((?:[^\[\]\n]|\[`[^`\n]+`\]\([^)\n]*\))*\]\()")
     def mend(md):
         while (new := inner.sub(r"\1\2\3", md)) != md: md = new
         return md
@@ -255,8 +255,8 @@ def inked(svg):
     s = re.sub(rf"(fill|stroke): (?:{INK}|#000000)", r"\1: currentColor", svg)
     s = re.sub(r'(<path\b[^>]*style="[^"]*)fill: #ffffff', r"\1fill: var(--bs-body-bg)", s)
     s = re.sub(r'<g id="\w+?_\d+">', "<g>", re.sub(r'<g id="matplotlib[^"]*">', "<g>", s))
-    size, letters = re.search(r'<svg[^>]* width="([\d.]+)pt"', s), re.findall(r"font: (?:\w+ )*([\d.]+)px", s)
-    least = 9 / (min(map(float, letters)) * 4 / 3) * float(size[1]) * 4 / 3 if size and letters else 0    # letters of 9 pixels and more
+    size, letters = re.search(r'<svg[^>]* width="([\d.]+)pt"', s), re.findall(r'<text style="font(?:-size)?: (?:\w+ )*([\d.]+)px', s)
+    least = 9 / min(map(float, letters)) * float(size[1]) if size and letters else 0    # letters of 9 pixels and more
     return s.replace("<svg ", f'<svg class="figure-ink" style="--least: {least:.0f}px" ', 1)
 
 
@@ -299,6 +299,7 @@ def finish(site, names, home):
     (site / "search.json").write_text(json.dumps(found), encoding="utf-8")
     if (site / "sitemap.xml").exists():
         s = (site / "sitemap.xml").read_text(encoding="utf-8")
+        s = re.sub(r"<url>\s*<loc>[^<]*/404\.html</loc>.*?</url>\s*", "", s, flags=re.S)
         s = re.sub(rf"{re.escape(home)}/([^<]+)", lambda m: f"{home}/{names.get(m[1], m[1])}", s)
         (site / "sitemap.xml").write_text(s, encoding="utf-8")
     lost = site / "404.html"                                              # is shown at any address below `home`
