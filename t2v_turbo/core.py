@@ -191,8 +191,8 @@ def write_video(path,        # ends in .mp4, .gif or .png
                 fps:int=8,   # frames per second
                ):
     "Write one clip as a video, whole or not at all"
-    write = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_gif}.get(Path(path).suffix.lower())
-    if write is None: raise UserError(f"{path}: cannot write this kind of file; use .mp4, .gif or .png")
+    write = dict(mp4=_write_mp4, gif=_write_gif, png=_write_gif).get(Path(path).suffix.lower()[1:])
+    if write is None: raise UserError(f"{path}: cannot write this kind; use .mp4, .gif or .png")
     check_finite(clip, f"the clip for {str(path)!r}")
     with atomic(path) as tmp: write(tmp, _frames_u8(clip), fps)
 

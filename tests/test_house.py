@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import execute  # noqa: E402
+
 sys.path.pop(0)
 NBS, LIB = ROOT / "nbs", ROOT / "t2v_turbo"
 BANNED = {"torchvision", "timm", "open_clip", "decord", "pickle"}
