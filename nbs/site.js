@@ -191,7 +191,7 @@
     for (const img of all('main img[src$=".gif"], main img[alt^="Animation"]')) {
       if (img.parentElement.matches(".moving")) continue;
       const box = document.createElement("span"), b = document.createElement("button"), at = document.createElement("canvas");
-      box.className = "moving"; b.type = "button"; at.hidden = true;
+      box.className = "moving"; b.type = "button"; b.textContent = "Pause"; at.hidden = true;
       img.replaceWith(box); box.append(img, at, b);
       const set = (stop) => {
         if (stop) {

@@ -282,6 +282,7 @@ def finish(site, names, home):
                    lambda m: f'{m[1]}="{html.escape(relink(html.unescape(m[2]), new, names, home, ids), quote=True)}"'
                    if len(m[2]) < 2000 else m[0], s)
         s = re.sub(r'(<i class="bi [\w-]+") role="img"></i>', r'\1 aria-hidden="true"></i>', s)     # beside its own word
+        s = re.sub(rf'(:image" content="{re.escape(home)}/)(?:\w+/)+(?=images/card\.png")', r"\1", s)             # beside the first page, not this one
         s = re.sub(r"<svg alt=", '<svg role="img" aria-label=', s)
         s = re.sub(r'<svg\b[^>]*>(?:(?!</svg>).)*?<g id="figure_1">.*?</svg>', lambda m: inked(m[0]), s, flags=re.S)
         s = re.sub(r'<img\b[^>]*src="([^"]*images/method\.svg)"[^>]*>', lambda m: diagram(m[0], site / posixpath.join(posixpath.dirname(old), m[1])), s)
