@@ -120,7 +120,7 @@ def show_strips(clips:Tensor, # clips (n c t h w) in [0, 1]
     each = 8*h/w + (.25 if titles else .05)        # inches per row
     fig = plt.figure(figsize=(8, max(each*len(rows), .5)), layout="constrained")
     for i, (ax, row) in enumerate(zip(fig.subplots(len(rows), squeeze=False)[:, 0], rows)):
-        ax.imshow(row.permute(1, 2, 0).numpy(), interpolation="nearest")
+        ax.imshow(row.permute(1, 2, 0).numpy(), interpolation="none")
         ax.axis("off")
         if titles: ax.set_title(titles[i], fontsize=8, loc="left", pad=2)
     plt.close(fig)                                 # the caller shows it, once
@@ -186,13 +186,13 @@ def _write_gif(path, x, fps):
     first.save(path, save_all=True, append_images=rest, duration=round(1000/fps), loop=0)
 
 # %% ../nbs/01_core.ipynb #72f3ce9d
-def write_video(path,        # ends in .mp4 or .gif
+def write_video(path,        # ends in .mp4, .gif or .png
                 clip:Tensor, # one clip (c t h w) in [0, 1]
                 fps:int=8,   # frames per second
                ):
     "Write one clip as a video, whole or not at all"
-    write = {".mp4": _write_mp4, ".gif": _write_gif}.get(Path(path).suffix.lower())
-    if write is None: raise UserError(f"{path}: cannot write this kind of file; use .mp4 or .gif")
+    write = dict(mp4=_write_mp4, gif=_write_gif, png=_write_gif).get(Path(path).suffix.lower()[1:])
+    if write is None: raise UserError(f"{path}: cannot write this kind; use .mp4, .gif or .png")
     check_finite(clip, f"the clip for {str(path)!r}")
     with atomic(path) as tmp: write(tmp, _frames_u8(clip), fps)
 

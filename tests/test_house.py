@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import execute  # noqa: E402
+
+sys.path.pop(0)
 NBS, LIB = ROOT / "nbs", ROOT / "t2v_turbo"
 BANNED = {"torchvision", "timm", "open_clip", "decord", "pickle"}
 
@@ -199,6 +203,22 @@ def test_notebook_stores_its_outputs(nb):
     if any(plots.search(src(c)) and not is_export(c) for c in code):
         images = [o for o in outs if {"image/png", "image/svg+xml"} & o.get("data", {}).keys()]
         assert images, f"{rel(nb)} plots but stores no image"
+
+
+@each_nb
+def test_notebook_stores_no_bar_and_no_widget(nb):
+    "Both are dead without a kernel; `python tools/execute.py --clean` drops them"
+    assert not execute.clean(json.loads(nb.read_text(encoding="utf-8"))), f"{rel(nb)} stores a progress bar or a widget; run python tools/execute.py --clean"
+
+
+def test_bars_are_dropped_and_the_rest_stays():
+    out = lambda s: dict(output_type="stream", name="stderr", text=s)
+    bar, print_, both = out("\r  0%|          | 0/4 [00:00<?, ?it/s]\r100%|##########| 4/4"), out("loss 50% | lower\n"), out("saved\n 10%|#  | 1/10\nread\n")
+    widget = dict(output_type="display_data", metadata={}, data={execute.WIDGET: {}, "text/plain": "HBox()"})
+    nb = dict(metadata=dict(widgets={}, kernelspec={}), cells=[dict(cell_type="code", source="", outputs=[bar, print_, widget, both])])
+    assert execute.clean(nb) and nb["metadata"] == dict(kernelspec={})
+    assert ["".join(o["text"]) for o in nb["cells"][0]["outputs"]] == ["loss 50% | lower\n", "saved\nread\n"]
+    assert not execute.clean(nb)
 
 
 @each_nb

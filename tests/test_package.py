@@ -31,7 +31,7 @@ def dist(tmp_path_factory):
     tmp = tmp_path_factory.mktemp("dist")
     copy = tmp / "copy"
     shutil.copytree(LIB, copy / "t2v_turbo", ignore=shutil.ignore_patterns("__pycache__"))
-    for f in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md"):
+    for f in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"):
         shutil.copy(ROOT / f, copy)
     pytest.importorskip("build"), pytest.importorskip("setuptools", minversion="77")
     build = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp, copy], capture_output=True, text=True,

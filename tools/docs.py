@@ -1,4 +1,4 @@
-"""The documentation site, from the notebooks: `python tools/docs.py [--out FOLDER] [--workers N]`
+"""The documentation site, from the notebooks: `python tools/docs.py [--out FOLDER] [--workers N] [--proc]`
 
 nbdev processes the notebooks as it does for Quarto, smalldocs renders them from the same `_quarto.yml`, and the rest is
 done here: pages get the names that Quarto would give them, links between pages stay inside the site, figures get a text,
@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KATEX = "0.16.11", "RQrI8rlHY92OLf3rho/Ts8i/XvjgguEjOkO1BEXcU3N8BqPpSzBNwV/G0Ukr+P/l3ivvJUE/Fa/CwbS6HesGNQ=="
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
+INK = "#262626"                                               # of Matplotlib's letters and axes, in nbs/matplotlibrc
 WIDTH = 98                                                    # letters of a print that fit beside the contents
 BAR = re.compile(r"\d+%\|")                                   # a progress bar that was stored
 
@@ -79,6 +80,18 @@ def unlink_code(nb):
             o["data"]["text/markdown"] = "".join(parts)
 
 
+def unnest(nb):
+    "nbdev links a name that stands inside a link already: the outer link counts"
+    inner = re.compile(r"(\[[^\[\]\n]*)\[(`[^`\n]+`)\]\([^)\n]*\)((?:[^\[\]\n]|\[`[^`\n]+`\]\([^)\n]*\))*\]\()")
+    def mend(md):
+        while (new := inner.sub(r"\1\2\3", md)) != md: md = new
+        return md
+    for c in nb["cells"]:
+        if c["cell_type"] == "markdown": c["source"] = mend(text(c["source"]))
+        for o in c.get("outputs", []):
+            if "text/markdown" in o.get("data", {}): o["data"]["text/markdown"] = mend(text(o["data"]["text/markdown"]))
+
+
 def join_prints(nb):
     "What a cell prints arrives in pieces, cut wherever the kernel was ready to send: one block for each stream"
     for c in nb["cells"]:
@@ -113,7 +126,8 @@ def line_of(path, name):
 def cards(nb, root):
     """Names and signatures as nbdev shows them, in the order of the source and with the whole name
 
-    nbdev turns the functions of one cell round, and loses the class and the source of what is decorated."""
+    nbdev turns the functions of one cell round, and loses the class and the source of what is decorated. The code of an exported
+    cell follows its cards; where it is open, a card is only the name and the link."""
     card = re.compile(r"(?:#\|.*\n)*show_doc\(([\w.]+)")
     url = re.compile(r"\[source\]\((\S+/blob/\w+/)(\S+?)#L(\d+)\)(\{[^}]*\})")
     body = lambda c: text(c["outputs"][0]["data"]["text/markdown"])
@@ -126,18 +140,24 @@ def cards(nb, root):
         line = first and not url.search(md) and line_of(root / first[2], name)
         if line: md = md.replace("---\n", f"---\n\n[source]({first[1]}{first[2]}#L{line}){first[4]}\n", 1)
         c["outputs"][0]["data"]["text/markdown"] = md
-    run = []
-    for i, c in enumerate([*nb["cells"], None]):
-        if any(c is s for s in shown): run.append(i)
-        elif run:
-            place = lambda c: int((url.search(body(c)) or [0]*4)[3])
-            for j, old in zip(run, sorted((nb["cells"][j] for j in run), key=place)): nb["cells"][j] = old
-            run = []
+    place = lambda c: int((url.search(body(c)) or [0]*4)[3])
+    whole, run, source = [], [], None
+    for c in [*nb["cells"], None]:
+        if any(c is s for s in shown):
+            run.append(c)
+            continue
+        if source and source["metadata"]["exported"] == "shown":           # its first lines are the signature
+            for r in run: r["outputs"][0]["data"]["text/markdown"] = re.sub(r"(?m)(^#+ .*$)(?s:.*)", r"\1\n", body(r), count=1)
+        whole += [*sorted(run, key=place), *filter(None, [source])]
+        run, source = [], c if c and "exported" in c["metadata"] else None
+        if c and not source: whole.append(c)
+    nb["cells"] = whole
 
 
 def process(root, workers):
     "nbdev's own processing -> `_proc`, then what smalldocs needs; the name of each page"
-    code = f"from nbdev.serve import proc_nbs; proc_nbs(n_workers={workers if workers > 1 else 0}, force=True)"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import nbdev.serve as s, shown; s.FilterDefaults = shown.Shown; "
+            f"s.proc_nbs(n_workers={workers if workers > 1 else 0}, force=True)")
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONWARNINGS": "ignore", "MPLBACKEND": "Agg"}
     subprocess.run([sys.executable, "-c", code], cwd=root, env=env, check=True)
     names = {}
@@ -151,29 +171,49 @@ def process(root, workers):
         join_prints(nb)
         fold(nb)
         unlink_code(nb)
+        unnest(nb)
         cards(nb, root)
         nb["cells"][0]["source"] = re.sub(r"^output-file:.*\n", "", text(nb["cells"][0]["source"]), flags=re.M)
         p.write_text(json.dumps(nb), encoding="utf-8")
+    names["404.html"] = "404.html"
+    glossary(root)
     assert len(set(names.values())) == len(names), "two notebooks would have the same page"
     return names
 
 
+def glossary(root):
+    "The tables of tutorials/glossary.ipynb, as a script that nbs/site.js reads -> `_proc/glossary.js`"
+    page = "tutorials/glossary.ipynb"
+    if not (root / "nbs" / page).exists(): return
+    md = "\n\n".join(text(c["source"]) for c in json.loads((root / "nbs" / page).read_text(encoding="utf-8"))["cells"])
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in md.split("\n") if re.match(r"\| (?!---)", line)]
+    clear = lambda s: re.sub(r"[`$]|[_^]\{?(?=\w)|\\", "", s)
+    letters = [dict(tex=re.findall(r"\$([^$]+)\$", r[0]), code=re.findall(r"`(\w+)`", r[1]), meaning=clear(r[2])) for r in rows if len(r) == 3]
+    words = [dict(word=r[0], meaning=clear(r[1])) for r in rows if len(r) == 2]
+    found = dict(letters=[l for l in letters if l["tex"]], words=[w for w in words if w["word"] != "word"], page=page.replace(".ipynb", ".html"))
+    (root / "_proc/glossary.js").write_text(f"glossary = {json.dumps(found, ensure_ascii=False)};\n", encoding="utf-8")
+
+
 # --- pages ---------------------------------------------------------------------------------------
 
-def katex(folder):
-    "KaTeX of the npm registry, checked against its hash, into `folder`; kept in the user's cache"
-    version, sha = KATEX
-    tgz = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_turbo" / f"katex-{version}.tgz"
+def package(name, version, sha):
+    "The archive of a package of the npm registry, checked against its hash and kept in the user's cache"
+    tgz = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2v_turbo" / f"{name}-{version}.tgz"
     good = lambda: tgz.exists() and base64.b64encode(hashlib.sha512(tgz.read_bytes()).digest()).decode() == sha
     if not good():
         tgz.parent.mkdir(parents=True, exist_ok=True)
         if shutil.which("npm"):
-            subprocess.run(["npm", "pack", f"katex@{version}", "--silent"], cwd=tgz.parent, check=True,
+            subprocess.run(["npm", "pack", f"{name}@{version}", "--silent"], cwd=tgz.parent, check=True,
                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         else:
-            urllib.request.urlretrieve(f"https://registry.npmjs.org/katex/-/katex-{version}.tgz", tgz)
-    if not good(): sys.exit(f"{tgz} is not KaTeX {version}: delete it and try again")
-    with tempfile.TemporaryDirectory() as tmp, tarfile.open(tgz) as tar:
+            urllib.request.urlretrieve(f"https://registry.npmjs.org/{name}/-/{name}-{version}.tgz", tgz)
+    if not good(): sys.exit(f"{tgz} is not {name} {version}: delete it and try again")
+    return tgz
+
+
+def katex(folder):
+    "KaTeX into `folder`"
+    with tempfile.TemporaryDirectory() as tmp, tarfile.open(package("katex", *KATEX)) as tar:
         tar.extractall(tmp, filter="data")
         dist = Path(tmp) / "package/dist"
         for f in ("katex.min.css", "katex.min.js", "contrib/auto-render.min.js", *(f"fonts/{p.name}" for p in dist.glob("fonts/*.woff2"))):
@@ -198,6 +238,34 @@ def relink(url, page, names, home, ids):
     return posixpath.relpath(path, posixpath.dirname(page) or ".") + mark + rest
 
 
+def outside(s, up, site):
+    "Put pictures and videos that a page holds as text into files of their own, which a browser loads when they come into view"
+    def file(m):
+        data, ext = base64.b64decode(re.sub(r"\s|%0A", "", m[4])), {"svg+xml": "svg", "jpeg": "jpg"}.get(m[3], m[3])
+        path = f"media/{hashlib.sha256(data).hexdigest()[:16]}.{ext}"
+        (site / "media").mkdir(exist_ok=True)
+        (site / path).write_bytes(data)
+        return f'{m[1]}="{up}{path}"'
+    s = re.sub(r'((?:xlink:)?href|src)="data:(image|video)/([\w+]+);base64,([^"]{2000,})"', file, s)
+    return re.sub(r'<img (?=[^>]*src="[./]*media/)', '<img loading="lazy" decoding="async" ', s)
+
+
+def inked(svg):
+    "A figure of Matplotlib in the page's own ink, on the page's own ground; without the names of its parts, which every figure has"
+    s = re.sub(rf"(fill|stroke): (?:{INK}|#000000)", r"\1: currentColor", svg)
+    s = re.sub(r'(<path\b[^>]*style="[^"]*)fill: #ffffff', r"\1fill: var(--bs-body-bg)", s)
+    s = re.sub(r'<g id="\w+?_\d+">', "<g>", re.sub(r'<g id="matplotlib[^"]*">', "<g>", s))
+    size, letters = re.search(r'<svg[^>]* width="([\d.]+)pt"', s), re.findall(r'<text style="font(?:-size)?: (?:\w+ )*([\d.]+)px', s)
+    least = 9 / min(map(float, letters)) * float(size[1]) if size and letters else 0    # letters of 9 pixels and more
+    return s.replace("<svg ", f'<svg class="figure-ink" style="--least: {least:.0f}px" ', 1)
+
+
+def diagram(img, path):
+    "A drawing of nbs/images in the page itself, whose scheme it follows"
+    alt = (re.search(r'alt="([^"]*)"', img) or ["", ""])[1]
+    return path.read_text(encoding="utf-8").strip().replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
+
+
 def finish(site, names, home):
     "Rename the pages, mend their links, and bring in what they would load from elsewhere"
     version = KATEX[0]
@@ -213,7 +281,12 @@ def finish(site, names, home):
         s = re.sub(r'(\s(?:href|src))="([^"]*)"',
                    lambda m: f'{m[1]}="{html.escape(relink(html.unescape(m[2]), new, names, home, ids), quote=True)}"'
                    if len(m[2]) < 2000 else m[0], s)
+        s = re.sub(r'(<i class="bi [\w-]+") role="img"></i>', r'\1 aria-hidden="true"></i>', s)     # beside its own word
+        s = re.sub(rf'(:image" content="{re.escape(home)}/)(?:\w+/)+(?=images/card\.png")', r"\1", s)             # beside the first page, not this one
         s = re.sub(r"<svg alt=", '<svg role="img" aria-label=', s)
+        s = re.sub(r'<svg\b[^>]*>(?:(?!</svg>).)*?<g id="figure_1">.*?</svg>', lambda m: inked(m[0]), s, flags=re.S)
+        s = re.sub(r'<img\b[^>]*src="([^"]*images/method\.svg)"[^>]*>', lambda m: diagram(m[0], site / posixpath.join(posixpath.dirname(old), m[1])), s)
+        s = outside(s, up, site)
         s = re.sub(r"(?<=[\s(])–(?=[a-z])", "--", s)                          # an option, not a dash
         s = re.sub(r"(<pre\b.*?</pre>)|<code>([^<]*)</code>", lambda m: m[1] or "<code>" + re.sub(
             r"(?<![\w-])--[\w-]+|-&gt;", r'<span class="option">\g<0></span>', m[2]) + "</code>", s, flags=re.S)
@@ -227,8 +300,13 @@ def finish(site, names, home):
     (site / "search.json").write_text(json.dumps(found), encoding="utf-8")
     if (site / "sitemap.xml").exists():
         s = (site / "sitemap.xml").read_text(encoding="utf-8")
+        s = re.sub(r"<url>\s*<loc>[^<]*/404\.html</loc>.*?</url>\s*", "", s, flags=re.S)
         s = re.sub(rf"{re.escape(home)}/([^<]+)", lambda m: f"{home}/{names.get(m[1], m[1])}", s)
         (site / "sitemap.xml").write_text(s, encoding="utf-8")
+    lost = site / "404.html"                                              # is shown at any address below `home`
+    base = posixpath.join("/", home.split("/", 3)[3], "")
+    lost.write_text(lost.read_text(encoding="utf-8").replace("<head>", f"<head><script>if (location.pathname.startsWith({json.dumps(base)})) "
+                    f"document.write('<base href=\"{base}\">')</script>", 1), encoding="utf-8")
     (site / ".nojekyll").touch()
 
 
@@ -259,6 +337,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", default="", help="the folder to write (default: doc_path of settings.ini)")
     p.add_argument("--workers", type=int, default=1, help="notebooks to process at a time")
+    p.add_argument("--proc", action="store_true", help="only write _proc, for Quarto")
     p.add_argument("--root", type=Path, default=ROOT, help="the repository")
     a = p.parse_args()
-    main(a.out, a.workers, a.root.resolve())
+    process(a.root.resolve(), a.workers) if a.proc else main(a.out, a.workers, a.root.resolve())
