@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEACHERS', 'CACHED', 'GB', 'RESERVE', 'SWITCHES', 'LOADING', 'NoWords', 'cast', 'teacher_on_meta', 'save_reward',
            'reward_on_meta', 'bytes_of', 'weights_of', 'optimizer_bytes', 'metered', 'Plan', 'planned_defaults',
-           'named_rewards', 'plan_of', 'Setup', 'predict', 'plan_rows', 'flags_of', 'plan_table', 'plan_sampling',
-           'host_bytes', 'first_fit', 'precision_text']
+           'named_rewards', 'always', 'plan_of', 'Setup', 'model_on_meta', 'predict', 'plan_rows', 'flags_of',
+           'plan_table', 'plan_sampling', 'host_bytes', 'first_fit', 'precision_text']
 
 # %% ../nbs/59_plan.ipynb #4269a40a
 from contextlib import nullcontext
@@ -215,6 +215,7 @@ def _most_frames(model):
 def metered(model:Distillation, # on any device
             batch:int=1,        # clips
             cached:str="",      # read from a cache besides contexts: `latents` or `pairs`
+            meter=Meter,        # class of the meter, or a function that makes one
            )->Meter:            # weights are not counted
     "Run one training step up to its gradient, under the meter"
     if cached not in CACHED:
@@ -227,7 +228,7 @@ def metered(model:Distillation, # on any device
     d = replace(d, **_most_frames(model), window=None)
     for p in params: p.grad = None
     known = [*model.parameters(), *model.buffers(), d.noise, d.index, d.w, ctx, null]
-    with Meter(dev.type, known) as m, _fused(dev), replaced.object(model, "phase", m.phase):
+    with meter(dev.type, known) as m, _fused(dev), replaced.object(model, "phase", m.phase):
         like = lambda: torch.full_like(d.noise, .5)
         pair = TeacherAnswer(like(), d.index, like(), like()) if cached == "pairs" else None
         if cached: z0 = None if pair else like()
@@ -282,22 +283,29 @@ def named_rewards(own:Defaults, # of a teacher
     return tuple(parse_reward(t)[0] for t in own.reward.split(","))
 
 # %% ../nbs/59_plan.ipynb #f3103320
+def always(model:Distillation,    # on any device
+           optimizer:str="adamw", # of `make_optimizer`
+           cached:str="",         # one of `CACHED`; with a cache the text encoder is removed
+          )->dict:                # name: bytes
+    "Count the bytes that are always in memory"
+    teacher = model.student.teacher
+    copied = getattr(model.student, "frozen", None)                # of full fine-tuning
+    params = list(model.student.trainable().values())
+    return dict(denoiser=weights_of(teacher.denoiser) - bytes_of(params) + weights_of(copied),
+                adapters=bytes_of(params),
+                vae=weights_of(teacher.vae),
+                text=0 if cached else weights_of(teacher.text_encoder),
+                rewards=weights_of(model.image_reward) + weights_of(model.video_reward),
+                optimizer=optimizer_bytes(optimizer, params))
+
 def plan_of(model:Distillation,  # on any device, usually on `meta`
             batch:int=1,         # clips
             optimizer:str="adamw", # of `make_optimizer`
-            cached:str="",       # one of `CACHED`; with a cache the text encoder is removed
+            cached:str="",       # one of `CACHED`
            )->Plan:
     "Measure the memory of a step of this model"
-    teacher, m = model.student.teacher, metered(model, batch, cached)
-    copied = getattr(model.student, "frozen", None)                # of full fine-tuning
-    params = list(model.student.trainable().values())
-    parts = dict(denoiser=weights_of(teacher.denoiser) - bytes_of(params) + weights_of(copied),
-                 adapters=bytes_of(params),
-                 vae=weights_of(teacher.vae),
-                 text=0 if cached else weights_of(teacher.text_encoder),
-                 rewards=weights_of(model.image_reward) + weights_of(model.video_reward),
-                 optimizer=optimizer_bytes(optimizer, params))
-    return Plan(parts, m.phases, m.peak)
+    m = metered(model, batch, cached)
+    return Plan(always(model, optimizer, cached), m.phases, m.peak)
 
 # %% ../nbs/59_plan.ipynb #5722021a
 @dataclass(frozen=True)
@@ -332,9 +340,9 @@ def _rewards_on_meta(s, own):
         made[kind] = reward
     return made.values()
 
-def predict(s:Setup, # names and sizes alone
-           )->Plan:
-    "Predict the memory of one training step"
+def model_on_meta(s:Setup, # names and sizes alone
+                 )->Distillation:
+    "Build student, teacher and rewards of a setup with sizes and without weights"
     own = planned_defaults(s.teacher)
     image, video = _rewards_on_meta(s, own)
     cfg = Objective(beta_img=float(image is not None), beta_vid=float(video is not None),
@@ -342,8 +350,14 @@ def predict(s:Setup, # names and sizes alone
     teacher = teacher_on_meta(s.teacher, s.frames, s.size, s.dtype)
     student = make_student(teacher, own.rank if s.rank is None else s.rank)
     save_memory(student.teacher, s.denoiser, s.decode)
-    with LoRADropout(student, s.lora_dropout).clips([0] * s.batch):
-        return plan_of(Distillation(student, cfg, image, video), s.batch, s.optimizer, s.cached)
+    return Distillation(student, cfg, image, video)
+
+def predict(s:Setup, # names and sizes alone
+           )->Plan:
+    "Predict the memory of one training step"
+    model = model_on_meta(s)
+    with LoRADropout(model.student, s.lora_dropout).clips([0] * s.batch):
+        return plan_of(model, s.batch, s.optimizer, s.cached)
 
 # %% ../nbs/59_plan.ipynb #52226129
 SWITCHES = (("everything in float32, kept", dict(dtype=torch.float32, denoiser=False, decode=0,
