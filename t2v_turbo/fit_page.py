@@ -8,7 +8,7 @@ __all__ = ['SPEED', 'MADE_OF', 'switches_of_page', 'page_data', 'fit_page']
 # %% ../nbs/74b_fit_page.ipynb #a69105dc
 from dataclasses import asdict
 
-from .fit import RESERVE, SWITCHES, read_table
+from .fit import RESERVE, SWITCHES, read_table, rows_of_table
 from .recipes import GPUS, MODELSCOPE, SANA, VC2, WAN, WAN22
 from .templates import fill
 
@@ -32,12 +32,13 @@ def switches_of_page()->list: # of dict
 def page_data()->dict: # name: value, for JSON
     "Collect the table, the GPUs and the settings that a command starts from"
     t = read_table()
+    there = {n: s for n, s in MADE_OF.items() if rows_of_table(n)}
     commands = {n: dict(teacher=s["teacher"], fps=s.get("fps", 0), size="frames" in s,
                         vocabulary=s.get("vocabulary", "open_clip_torch-*.whl"),
                         more=f" --lr {s['lr']:g}" if "lr" in s else "")
-                for n, s in MADE_OF.items()}
+                for n, s in there.items()}
     pieces = {k: v for k, v in t["pieces"].items() if " bfloat16 b1" in k and " tiny" not in k}
-    return dict(pieces=pieces, teachers={n: t["teachers"][n] for n in MADE_OF},
+    return dict(pieces=pieces, teachers={n: t["teachers"][n] for n in there},
                 rewards=t["rewards"], cards={k: asdict(g) for k, g in GPUS.items()},
                 commands=commands, switches=switches_of_page(), reserve=RESERVE, speed=SPEED)
 

@@ -89,6 +89,7 @@ def facts(held):
     from t2v_turbo.pieces import facts_of
     from t2v_turbo.plan import Setup, model_on_meta, plan_sampling, reward_on_meta, weights_of
     from t2v_turbo.rewards.names import FACTS, kind_of_reward
+    from t2v_turbo.using import listed_models, listed_rewards
     for n in SIZES:
         if n not in held["teachers"]: held["teachers"][n] = facts_of(n)
     for n in FACTS:
@@ -98,6 +99,7 @@ def facts(held):
         held["rewards"][n] = dict(kind=kind, frames=frames, weights=weights_of(reward))
     for n in TEACHERS:
         if n not in held["sampling"]: held["sampling"][n] = plan_sampling(n).total
+    held["list"] = [*listed_models(held["sampling"]), *listed_rewards({n: r["weights"] for n, r in held["rewards"].items()})]
 
 
 def write(held):
@@ -115,7 +117,7 @@ def main(argv=None):
     p.add_argument("--todo", action="store_true", help="list what is missing")
     a = p.parse_args(argv)
     held = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
-    if held.get("version") != VERSION: held = dict(version=VERSION, made={}, teachers={}, rewards={}, sampling={}, pieces={})
+    if held.get("version") != VERSION: held = dict(version=VERSION, teachers={}, rewards={}, sampling={}, pieces={})
     from t2v_turbo.pieces import pieces_of
     from t2v_turbo.plan import TEACHERS
     TEACHERS["small"] = small_parts, 16, (256, 256)
