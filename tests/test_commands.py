@@ -46,7 +46,7 @@ def test_a_page_has_every_option_and_the_help(verb, capsys, monkeypatch):
     page = text(verb.name)
     for o in (*options_of(verb), *(STARTS if verb.training else ())):
         row, = [l for l in page.splitlines() if l.startswith(f"| `{o.name}` |" if o.place else f"| `--{o.name}`")]
-        assert commands.default(o) in row and all(f"`{c}`" in row for c in o.choices if c and not o.flag), row
+        assert commands.default(o) in row and all(f"`{c}`" in page for c in o.choices if c and not o.flag), row
     monkeypatch.setenv("COLUMNS", commands.COLUMNS)
     with pytest.raises(SystemExit) as e: main([*verb.name.split(), "--help"])
     assert e.value.code == 0

@@ -23,6 +23,7 @@ UNITS = dict(frames="frames", height="pixels", width="pixels", fps="frames a sec
              max_skipped="steps", k="timesteps", origin="timesteps", keep="checkpoints", patience="looks", jobs="students", parts="pages", repeats="clips",
              gpu="GB", tflops="TFLOPS", tol="percent points")
 OTHER = {"rate make": dict(repeats="")}                               # units that differ for a command
+LONG = 80                               # letters of a list of values that fits in a table
 PURE = "seed rank lr lora_dropout ema clip w w_min w_max teacher_w student_w huber_c beta_img beta_vid scale".split() # numbers without a unit
 BADGE = ("[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/t2v-turbo/t2v_turbo/blob/main/nbs/"
          "commands/{}.ipynb) · runs in ~1 s on a CPU")
@@ -48,10 +49,14 @@ def unit(o, verb=""):
     return (UNITS | OTHER.get(verb, {}))[o.name]
 
 
+def listed(o):
+    return ", ".join(f"`{c}`" for c in o.choices if c != "")
+
+
 def values(o):
     "What an option takes"
     if o.flag: return "on or off"
-    if o.choices: return ", ".join(f"`{c}`" for c in o.choices if c != "")
+    if o.choices: return listed(o) if len(listed(o)) < LONG else "a name, see below"
     many = ", several" if o.kind is tuple else ""
     return {str: "text", tuple: "text", int: "whole number", float: "number"}[o.kind] + many
 
@@ -66,7 +71,7 @@ def row(o, verb):
     "Line of the table of options"
     name = f"`{o.name}`" if o.place else f"`--{o.name}`" + (f", `--no-{o.name}`" if o.flag else "")
     note = o.note.removeprefix("1: ") if o.flag else o.note
-    cells = name, values(o), default(o), unit(o, verb), note
+    cells = name, note, values(o), default(o), unit(o, verb)
     return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", c).replace("\n", " ").replace("*", r"\*").replace("<", "&lt;") for c in cells) + " |"
 
 
@@ -82,8 +87,9 @@ def grouped(verb):
 
 
 def table(title, options, verb):
-    head = "| | values | default | unit | |\n| --- | --- | --- | --- | --- |"
-    return f"## {title[0].upper() + title[1:]}\n\n{head}\n" + "\n".join(row(o, verb) for o in options)
+    head = "| option | meaning | values | default | unit |\n| --- | --- | --- | --- | --- |"
+    below = [f"`--{o.name}` takes {listed(o)}." for o in options if o.choices and len(listed(o)) >= LONG]
+    return f"## {title[0].upper() + title[1:]}\n\n{head}\n" + "\n".join(row(o, verb) for o in options) + "".join(f"\n\n{b}" for b in below)
 
 
 def parser_of_verb(verb):
