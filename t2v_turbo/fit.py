@@ -56,7 +56,8 @@ SWITCHES = (("everything in float32, kept", dict(dtype="float32", denoiser=False
             ("latents and contexts cached", dict(cached="latents")),
             ("teacher's answers cached too", dict(cached="pairs")),
             ("8-bit optimiser", dict(optimizer="adamw8bit")))
-SAVED = (("denoiser", "denoiser"), ("decode", "decode"), ("rewards", "save_rewards")) # in --save_memory
+SAVED = (("denoiser", "denoiser"), ("decode", "decode"),   # names in --save_memory
+         ("rewards", "save_rewards"))
 
 # %% ../nbs/58b_fit.ipynb #6939b5ab
 def flags_of(name:str, # a row of `SWITCHES`

@@ -95,7 +95,8 @@ def _run(self:Meter, func, args, kwargs):
         return made if sizes[0] else made[0]
     out = func(*args, **kwargs)
     if _fresh(func, (args, kwargs), out):
-        self._known[key] = isinstance(out, tuple), tuple(map(_signature, out if isinstance(out, tuple) else (out,)))
+        several = isinstance(out, tuple)
+        self._known[key] = several, [_signature(t) for t in (out if several else (out,))]
     return out
 
 # %% ../nbs/50_meter.ipynb #780f2dba
