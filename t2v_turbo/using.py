@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from .files import UserError, at_least, typed
-from .options import check_sampling, check_seed, named, quiet
+from .options import check_sampling, check_seed, named
 from .preparing import whole_or_nothing
 
 # %% ../nbs/77_using.ipynb #c08e25c7
@@ -187,9 +187,8 @@ def listed_models(memory:dict, # name of a teacher: bytes to sample one clip
     for title, table in (("teachers", TEACHERS), ("students", STUDENTS)):
         lines.append(_LINE.format(title, "download", "memory", "licence of the weights; source"))
         for n, s in table.items():
-            of = getattr(s, "teacher", n)
+            of, size = getattr(s, "teacher", n), _gb(s.gb*1e9) if s.at and s.gb > 0 else ""
             told = f"{s.licence}; {s.at or 'in this package'}" + (f", of {of}" if of != n else "")
-            size = _gb(s.gb*1e9) if s.at and s.gb > 0 else ""
             lines.append(_LINE.format(n, size, _gb(memory[of]), told))
         lines.append("")
     return lines
@@ -198,26 +197,19 @@ def listed_rewards(memory:dict, # name of a reward: bytes of its weights
                   )->list:      # lines
     "List rewards: memory, licence and source"
     from t2v_turbo.rewards.names import FACTS
-    head = _LINE.format("rewards", "", "memory", "licence of the weights; source")
-    return [head, *(_LINE.format(n, "", _gb(memory[n]), f"{f.licence}; {f.weights}")
-                    for n, f in FACTS.items())]
+    return [_LINE.format("rewards", "", "memory", "licence of the weights; source"),
+            *(_LINE.format(n, "", _gb(memory[n]), f"{f.licence}; {f.weights}")
+              for n, f in FACTS.items())]
 
-def _measured():
-    "List models and rewards, with memory that is measured now"
-    from t2v_turbo.names import TEACHERS
-    from t2v_turbo.plan import plan_sampling, reward_on_meta, weights_of
-    from t2v_turbo.rewards.names import FACTS
-    quiet()
-    return [*listed_models({n: plan_sampling(n).total for n in TEACHERS}),
-            *listed_rewards({n: weights_of(reward_on_meta(n)) for n in FACTS})]
-
+# %% ../nbs/77_using.ipynb #2d92ea03
 def print_list()->int: # 0
     "Print teachers, students, rewards and recipes: download, memory, licence and source"
     from t2v_turbo.fit import read_table
     from t2v_turbo.recipes import RECIPES
+    if not (t := read_table()): raise UserError("the table of this package is missing or damaged: "
+                                                "install t2v_turbo again")
     recipes = [f"{n:25}{r.about}" for n, r in RECIPES.items()]
-    lines = [*(read_table().get("list") or _measured()), "\nrecipes of `distill`", *recipes]
-    print("\n".join(lines))
+    print("\n".join([*t["list"], "\nrecipes of `distill`", *recipes]))
     print("\nA download is that for float32; `sample` fetches half of it in float16 where the hub "
           "has such files. A student also needs its teacher, and is bound by its licence.")
     return 0
