@@ -37,6 +37,7 @@ setup(
     packages=find_namespace_packages(include=[lib, f"{lib}.*"], exclude=["*.__pycache__"]),
     include_package_data=False,
     package_data={lib: ["py.typed"], f"{lib}.published": ["*.csv"],
+                  f"{lib}.tables": ["*.json"],
                   f"{lib}.page": ["*.html", "*.css", "*.js", "*.md"],
                   **{f"{lib}.weights{sub}": ["*.safetensors", "*.json", "*.md"]
                      for sub in ("", *("." + ".".join(p.relative_to(weights).parts)

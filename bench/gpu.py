@@ -38,11 +38,12 @@ from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Objective
 from t2v_turbo.dryrun import HUB, Rehearsal, memory_of
 from t2v_turbo.files import UserError, write_json
+from t2v_turbo.fit import GB
 from t2v_turbo.hub import split_name
 from t2v_turbo.memory import savings_of
 from t2v_turbo.meter import Meter
 from t2v_turbo.pipeline import sample_student, sample_teacher
-from t2v_turbo.plan import GB, planned_defaults, reward_on_meta, teacher_on_meta
+from t2v_turbo.plan import planned_defaults, reward_on_meta, teacher_on_meta
 from t2v_turbo.recipes import RECIPES
 from t2v_turbo.rewards.base import mix
 from t2v_turbo.rewards.names import kind_of_reward, parse_reward

@@ -31,9 +31,10 @@ from transformers import (
 
 from t2v_turbo.core import make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
+from t2v_turbo.fit import GB
 from t2v_turbo.memory import save_memory
 from t2v_turbo.optimizer import make_optimizer
-from t2v_turbo.plan import GB, TEACHERS, NoWords, cast, plan_of, reward_on_meta, teacher_on_meta
+from t2v_turbo.plan import TEACHERS, NoWords, cast, plan_of, reward_on_meta, teacher_on_meta
 from t2v_turbo.rewards.names import reward_named
 from t2v_turbo.rewards.viclip import VICLIP_L, ViCLIP
 from t2v_turbo.solver import TeacherAnswer

@@ -55,10 +55,11 @@ from t2v_turbo.core import make_gen, step_gen
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.data.recipes import dice
 from t2v_turbo.distill import Distillation, Objective, draw
+from t2v_turbo.fit import GB
 from t2v_turbo.memory import save_memory, savings_of
 from t2v_turbo.meter import Meter
 from t2v_turbo.optimizer import make_optimizer
-from t2v_turbo.plan import _FULL, GB, NoWords, _attention, cast, plan_of, save_reward, weights_of
+from t2v_turbo.plan import _FULL, NoWords, _attention, cast, plan_of, save_reward, weights_of
 from t2v_turbo.rewards import internvideo2 as iv2
 from t2v_turbo.rewards.clip import HPS, CLIPReward
 from t2v_turbo.rewards.loading import letterbox

@@ -16,7 +16,8 @@ from typing import Literal
 from safetensors import SafetensorError
 
 from .files import UserError, typed
-from .options import Verb, constant, located, objects_of, options_of, parser_of
+from .options import (Verb, constant, located, objects_of, options_of, parser_of,
+                               quiet)
 from .recipes import STARTS, chosen
 from .running import ABLATE, ABLATE_SETS
 
@@ -56,7 +57,7 @@ VERBS = (
     Verb("report", "write report.html of a run, finished or not", "running:ReportOptions.run",
          ("running:ReportOptions",), quiet=False),
     Verb("list", "teachers, students, rewards and recipes: size, licence, memory, source",
-         "using:print_list"),
+         "using:print_list", quiet=False),
     Verb("recipes", "list the recipes and their flags", "recipes:print_recipes", quiet=False),
     Verb("sample", "write videos of prompts", "using:sample", ("using:SampleOptions",),
          groups=GROUPS),
@@ -69,7 +70,7 @@ VERBS = (
     Verb("cache", "compute embeddings, latents or the teacher's answers once", "preparing:cache",
          ("preparing:CacheOptions",), groups=GROUPS),
     Verb("plan", "memory of a training step, before a GPU is rented", "preparing:PlanOptions.run",
-         ("preparing:PlanOptions",)),
+         ("preparing:PlanOptions",), quiet=False),
 )
 
 # %% ../nbs/79_cli.ipynb #53107c2d
@@ -118,10 +119,7 @@ def run(argv:list|None=None, # arguments, `sys.argv[1:]` by default
        ):               # result of the command
     "Parse and run one command"
     verb, values = read(sys.argv[1:] if argv is None else argv)
-    if verb.quiet:                                         # keep only our own progress bar
-        from diffusers.utils import logging as diffusers_log
-        from transformers.utils import logging as transformers_log
-        diffusers_log.disable_progress_bar(); transformers_log.disable_progress_bar()
+    if verb.quiet: quiet()
     return located(verb.function)(*objects_of(verb, values))
 
 # %% ../nbs/79_cli.ipynb #f8171fea

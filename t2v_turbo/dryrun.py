@@ -31,6 +31,7 @@ from .data import tars
 from .data.build import Promised, caches_of_prompts
 from .data.recipes import prompts_of
 from .data.tables import read_prompts
+from .fit import GB, RESERVE, Plan
 from .files import UserError
 from .full import check_full, room_of
 from .hub import lora_files, offline, split_name, standing, unreached
@@ -38,7 +39,7 @@ from .memory import save_memory, savings_of
 from .meter import Meter
 from .names import STUDENTS, TEACHERS
 from .options import command_of
-from .plan import (GB, RESERVE, NoWords, Plan, bytes_of, optimizer_bytes, plan_of,
+from .plan import (NoWords, bytes_of, optimizer_bytes, plan_of,
                             reward_on_meta, teacher_on_meta, weights_of)
 from .rewards import names
 from .rewards.names import FACTS, kind_of_reward, options_of, reward_named

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from unittest.mock import patch as replaced
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,7 +40,7 @@ class Meter(TorchDispatchMode):
                  known=(),         # existing tensors, not counted
                 ):
         super().__init__()
-        self.device, self.phases, self._refs = device, {}, {}
+        self.device, self.phases, self._refs, self._known = device, {}, {}, {}
         self.live = self.peak = self.flops = 0
         self._autocast = replaced.object(torch, "is_autocast_enabled", _autocasts)
         for t in known: self._watch(t, count=False)
@@ -66,7 +67,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         value = func is torch.ops.aten._local_scalar_dense.default
         if value and args[0].is_meta: return 0  # `if (x > 1).any()`: there are no values, so no
-        out = func(*args, **(kwargs or {}))
+        out = self._run(func, args, kwargs or {})
         if f := _FLOPS.get(func.overloadpacket): self.flops += f(*args, **kwargs or {}, out_val=out)
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.device.type == self.device: self._watch(t)
@@ -83,6 +84,36 @@ class Meter(TorchDispatchMode):
             self.phases[name] = dict(kept=self.live - start, peak=self.peak,
                                      flops=self.flops - flops)
             self.peak = max(high, self.peak)
+
+# %% ../nbs/50_meter.ipynb #016974d1
+def _signature(x):
+    "Describe an argument of an operation: a tensor by its sizes, a list by its items"
+    if isinstance(x, Tensor): return x.shape, x.stride(), x.dtype, x.device.type
+    if isinstance(x, (list, tuple)): return tuple(map(_signature, x))
+    if isinstance(x, dict): return tuple((k, _signature(v)) for k, v in x.items())
+    return type(x), x
+
+def _fresh(func, given, out):
+    "Whether an operation on `meta` made new tensors alone, so that its sizes describe it"
+    if func._schema.is_mutable or any(r.alias_info for r in func._schema.returns): return False
+    held = {t.untyped_storage()._cdata for t in tree_leaves(given) if isinstance(t, Tensor)}
+    return all(isinstance(t, Tensor) and t.is_meta and t.untyped_storage()._cdata not in held
+               for t in (out if isinstance(out, tuple) else (out,)))
+
+@patch
+def _run(self:Meter, func, args, kwargs):
+    "Run an operation; on `meta` one with sizes that were seen before only makes its tensors"
+    if self.device != "meta": return func(*args, **kwargs)
+    key = func, _signature(args), _signature(kwargs)
+    if sizes := self._known.get(key):
+        made = tuple(torch.empty_strided(s, strides, dtype=kind, device="meta")
+                     for s, strides, kind, _ in sizes[1])
+        return made if sizes[0] else made[0]
+    out = func(*args, **kwargs)
+    if _fresh(func, (args, kwargs), out):
+        several = isinstance(out, tuple)
+        self._known[key] = several, [_signature(t) for t in (out if several else (out,))]
+    return out
 
 # %% ../nbs/50_meter.ipynb #780f2dba
 def peak_gb()->float: # GiB

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'TYPES', 'SAID', 'defined', 'Option', 'help_of', 'taken_from', 'constant', 'declared', 'Verb', 'options_of',
-           'located', 'Flag', 'add_option', 'add_options', 'nearest', 'Parser', 'parser_of', 'made', 'objects_of',
-           'command_of', 'check_sampling', 'check_seed', 'named']
+           'located', 'Flag', 'add_option', 'add_options', 'quiet', 'nearest', 'Parser', 'parser_of', 'made',
+           'objects_of', 'command_of', 'check_sampling', 'check_seed', 'named']
 
 # %% ../nbs/73_options.ipynb #5cfcdc52
 import argparse
@@ -208,6 +208,13 @@ def add_options(parser:argparse.ArgumentParser, # gets the options
     for o in options:
         shelf = None if o.place else shelves.get(title.get(o.name, ""))
         add_option(shelf or parser, o)
+
+# %% ../nbs/73_options.ipynb #948e57f2
+def quiet()->None:
+    "Switch the progress bars of diffusers and transformers off, so that only ours is shown"
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+    diffusers_log.disable_progress_bar(); transformers_log.disable_progress_bar()
 
 # %% ../nbs/73_options.ipynb #02508554
 def nearest(word:str, # an unknown word

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from .files import UserError, at_least, typed
-from .options import check_sampling, check_seed, named
+from .options import check_sampling, check_seed, named, quiet
 
 # %% ../nbs/76_preparing.ipynb #13ffb081
 @contextmanager
@@ -199,11 +199,32 @@ def _make(cfg, todo):
 # %% ../nbs/76_preparing.ipynb #ddbd89e6
 def _require_room(o, rows):
     "Raise `UserError` if full fine-tuning does not fit with any switch"
-    from t2v_turbo.plan import GB, RESERVE
+    from t2v_turbo.fit import GB, RESERVE
     least = min(p.total for _, p in rows) / GB + RESERVE
     if least > o.gpu: raise UserError(
         f"rank 0 trains every weight of {o.teacher}, which takes {least:.1f} GB and not "
         f"{o.gpu:g}: give a LoRA rank such as --rank 32")
+
+# %% ../nbs/76_preparing.ipynb #5f816034
+def _rows_of_plan(o):
+    "Look the rows up, or predict what the table lacks"
+    import sys
+
+    from t2v_turbo.fit import SWITCHES, rows_of_table
+    rewards = None if o.rewards is None else tuple(r for r in o.rewards.split(",") if r)
+    size = (o.height, o.width) if o.height or o.width else None
+    given = dict(frames=o.frames or None, size=size, batch=o.batch, rank=o.rank,
+                 image_frames=o.image_frames)
+    rows = None if o.lora_dropout else rows_of_table(o.teacher, rewards, **given)
+    if rows: return rows
+    from tqdm.auto import tqdm
+
+    from t2v_turbo.plan import plan_rows
+    quiet()
+    print("plan: not in the table of this package; the step is run on a device without memory, "
+          "which takes minutes for a large model", file=sys.stderr)
+    rows = plan_rows(o.teacher, rewards, lora_dropout=o.lora_dropout, **given)
+    return list(tqdm(rows, desc="plan", total=len(SWITCHES), leave=False))
 
 # %% ../nbs/76_preparing.ipynb #4889715b
 @dataclass(frozen=True)
@@ -229,16 +250,8 @@ class PlanOptions:
 
     def run(self):
         "Print the plan"
-        from tqdm.auto import tqdm
-
-        from t2v_turbo.plan import SWITCHES, first_fit, plan_rows, plan_table, precision_text
-        size = (self.height, self.width) if self.height or self.width else None
-        rewards = None if self.rewards is None else tuple(
-            r for r in self.rewards.split(",") if r)
-        rows = plan_rows(self.teacher, rewards, frames=self.frames or None, size=size,
-                         batch=self.batch, rank=self.rank, image_frames=self.image_frames,
-                         lora_dropout=self.lora_dropout)
-        rows = list(tqdm(rows, desc="plan", total=len(SWITCHES), leave=False))
+        from t2v_turbo.fit import first_fit, plan_table, precision_text
+        rows = _rows_of_plan(self)
         print(plan_table(rows, self.gpu, self.tflops))
         if self.rank == 0: _require_room(self, rows)
         print(precision_text(*first_fit(rows, self.gpu)))

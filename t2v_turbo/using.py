@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['sampled_as', 'sampling_of_pipe', 'sampling_of_student', 'device_named', 'SampleOptions', 'lora_option', 'placed',
-           'sample', 'ExportOptions', 'export', 'print_list', 'EvaluateOptions', 'judged_student', 'evaluate',
-           'GenerateOptions', 'generate', 'VBenchCheck', 'VBenchScore', 'RateMake', 'RateReport', 'print_rewards',
-           'RewardCheck']
+           'sample', 'ExportOptions', 'export', 'listed_models', 'listed_rewards', 'print_list', 'EvaluateOptions',
+           'judged_student', 'evaluate', 'GenerateOptions', 'generate', 'VBenchCheck', 'VBenchScore', 'RateMake',
+           'RateReport', 'print_rewards', 'RewardCheck']
 
 # %% ../nbs/77_using.ipynb #f0043f92
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -185,33 +184,37 @@ _LINE = "{:24}{:>9}{:>8}  {}"
 
 def _gb(n): return f"{n/1e9:.1f} GB" if n > 1e8 else f"{n/1e6:.0f} MB"
 
-def _models():
-    "Yield the lines of teachers and students"
+def listed_models(memory:dict, # name of a teacher: bytes to sample one clip
+                 )->list:      # lines
+    "List teachers and students: download, memory, licence and source"
     from t2v_turbo.names import STUDENTS, TEACHERS
-    from t2v_turbo.plan import plan_sampling
-    memory = {n: _gb(plan_sampling(n).total) for n in TEACHERS}
+    lines = []
     for title, table in (("teachers", TEACHERS), ("students", STUDENTS)):
-        yield _LINE.format(title, "download", "memory", "licence of the weights; source")
+        lines.append(_LINE.format(title, "download", "memory", "licence of the weights; source"))
         for n, s in table.items():
-            of = getattr(s, "teacher", n)
+            of, size = getattr(s, "teacher", n), _gb(s.gb*1e9) if s.at and s.gb > 0 else ""
             told = f"{s.licence}; {s.at or 'in this package'}" + (f", of {of}" if of != n else "")
-            yield _LINE.format(n, _gb(s.gb*1e9) if s.at and s.gb > 0 else "", memory[of], told)
-        yield ""
+            lines.append(_LINE.format(n, size, _gb(memory[of]), told))
+        lines.append("")
+    return lines
 
-def _rewards_and_recipes():
-    "Yield the lines of rewards and recipes"
-    from t2v_turbo.plan import reward_on_meta, weights_of
-    from t2v_turbo.recipes import RECIPES
+def listed_rewards(memory:dict, # name of a reward: bytes of its weights
+                  )->list:      # lines
+    "List rewards: memory, licence and source"
     from t2v_turbo.rewards.names import FACTS
-    yield _LINE.format("rewards", "", "memory", "licence of the weights; source")
-    for n, f in FACTS.items():
-        yield _LINE.format(n, "", _gb(weights_of(reward_on_meta(n))), f"{f.licence}; {f.weights}")
-    yield "\nrecipes of `distill`"
-    for n, r in RECIPES.items(): yield f"{n:25}{r.about}"
+    return [_LINE.format("rewards", "", "memory", "licence of the weights; source"),
+            *(_LINE.format(n, "", _gb(memory[n]), f"{f.licence}; {f.weights}")
+              for n, f in FACTS.items())]
 
+# %% ../nbs/77_using.ipynb #2d92ea03
 def print_list()->int: # 0
     "Print teachers, students, rewards and recipes: download, memory, licence and source"
-    for line in chain(_models(), _rewards_and_recipes()): print(line, flush=True)
+    from t2v_turbo.fit import read_table
+    from t2v_turbo.recipes import RECIPES
+    if not (t := read_table()): raise UserError("the table of this package is missing or damaged: "
+                                                "install t2v_turbo again")
+    recipes = [f"{n:25}{r.about}" for n, r in RECIPES.items()]
+    print("\n".join([*t["list"], "\nrecipes of `distill`", *recipes]))
     print("\nA download is that for float32; `sample` fetches half of it in float16 where the hub "
           "has such files. A student also needs its teacher, and is bound by its licence.")
     return 0

@@ -1,6 +1,5 @@
 "The commands `vbench`, `generate`, `rate` and `list`"
 import csv
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,19 +90,20 @@ def test_rate_takes_the_folders_of_sample(tmp_path, capsys):
 
 
 def test_list(capsys, monkeypatch):
-    "Every name of the four tables, with what the tables know of it; the predictions themselves are made in notebook 77"
-    from t2v_turbo import plan
+    "Every name of the four tables, with what the tables know of it; memory is that of the package's table, see test_fit"
+    from t2v_turbo import fit
     from t2v_turbo.names import STUDENTS, TEACHERS
     from t2v_turbo.recipes import RECIPES
     from t2v_turbo.rewards.names import FACTS
-    sizes = {n: 1e9 * i for i, n in enumerate(TEACHERS, 3)}
-    monkeypatch.setattr(plan, "plan_sampling", lambda n: SimpleNamespace(total=sizes[n]))
-    monkeypatch.setattr(plan, "reward_on_meta", lambda n: torch.nn.Linear(1, 10**6))
+    from t2v_turbo.using import _gb
+    sizes, weights = fit.read_table()["sampling"], {n: _gb(r["weights"]) for n, r in fit.read_table()["rewards"].items()}
     assert main(["list"]) == 0
     lines, rows = capsys.readouterr().out.splitlines(), {}
     for line in filter(str.strip, lines): rows.setdefault(line.split()[0], line)               # `tiny` is a recipe, too
     assert {*TEACHERS, *STUDENTS, *FACTS, *RECIPES} <= rows.keys()
     for n, s in (TEACHERS | STUDENTS).items():
-        assert s.licence in rows[n] and s.at in rows[n] and f"{sizes[getattr(s, 'teacher', n)] / 1e9:.1f} GB" in rows[n]
-    assert " 0.2 GB " in rows["t2v-turbo-ms"] and all(f.licence in rows[n] and f.weights in rows[n] and " 8 MB " in rows[n] for n, f in FACTS.items())
+        assert s.licence in rows[n] and s.at in rows[n] and f" {_gb(sizes[getattr(s, 'teacher', n)])} " in rows[n]
+    assert " 0.2 GB " in rows["t2v-turbo-ms"] and all(f.licence in rows[n] and f.weights in rows[n] and f" {weights[n]} " in rows[n] for n, f in FACTS.items())
     assert {f"{n:25}{r.about}" for n, r in RECIPES.items()} <= {*lines}
+    monkeypatch.setattr(fit, "read_table", dict)
+    assert main(["list"]) == 2 and "install t2v_turbo again" in capsys.readouterr().err

@@ -8,8 +8,9 @@ from pathlib import Path
 import hub
 import pytest
 
+from t2v_turbo.fit import GB, host_bytes
 from t2v_turbo.names import STUDENTS, TEACHERS
-from t2v_turbo.plan import GB, host_bytes, plan_sampling
+from t2v_turbo.plan import plan_sampling
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT/"nbs/tutorials/first_video.ipynb"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from t2v_turbo import plan
-from t2v_turbo.plan import GB
+from t2v_turbo.fit import GB
 
 PATH = next(p/"bench/gpu.py" for p in Path(__file__).resolve().parents if (p/"bench/gpu.py").is_file())
 spec = importlib.util.spec_from_file_location("gpu", PATH)

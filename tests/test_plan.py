@@ -11,19 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from t2v_turbo import cli, train
 from t2v_turbo.files import UserError
+from t2v_turbo.fit import GB, RESERVE, SWITCHES, Plan, flags_of, plan_table
 from t2v_turbo.meter import Meter
 from t2v_turbo.optimizer import make_optimizer
 from t2v_turbo.plan import (
-    GB,
-    RESERVE,
-    SWITCHES,
-    Plan,
     Setup,
     bytes_of,
-    flags_of,
     metered,
     optimizer_bytes,
-    plan_table,
     predict,
     reward_on_meta,
     save_reward,
@@ -172,7 +167,7 @@ def test_the_flags_switch_on_what_the_row_says(i, tmp_path, monkeypatch):
     monkeypatch.setattr("t2v_turbo.running.distill", lambda cfg, *_: seen.update(cfg=cfg))
     assert cli.main(["distill", *flags_of(SWITCHES[i][0]).split(), "--rank", "2", "--track", ""]) == 0
     c, kind = seen["cfg"], on.get("cached", "")
-    assert getattr(torch, c.dtype) == on["dtype"] and c.optimizer == on.get("optimizer", "adamw")
+    assert c.dtype == on["dtype"] and c.optimizer == on.get("optimizer", "adamw")
     assert (c.data, c.texts) == ((f"cache/{kind}", "cache/texts") if kind else ("", ""))
     calls, own = [], {}
     monkeypatch.setattr(train, "save_memory", lambda teacher, denoiser, decode: calls.append((denoiser, decode)))

@@ -11,8 +11,9 @@ from t2v_turbo import running
 from t2v_turbo.cli import VERBS, main, read
 from t2v_turbo.core import write_video
 from t2v_turbo.files import UserError, write_json
+from t2v_turbo.fit import GB, RESERVE
 from t2v_turbo.options import options_of
-from t2v_turbo.plan import GB, RESERVE, predict
+from t2v_turbo.plan import predict
 from t2v_turbo.recipes import GPUS, RECIPES, left_to_teacher, setup_of
 from t2v_turbo.running import read_config
 from t2v_turbo.small import small_teacher

@@ -266,6 +266,18 @@ def diagram(img, path):
     return path.read_text(encoding="utf-8").strip().replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
 
 
+def command_links(s, page, names):
+    "Link a command that a sentence names to its page, by its verb; what is code, a heading or a link already stays"
+    pages = {posixpath.basename(n)[:-5].replace("_", " "): n for n in names.values() if n.startswith("commands/")}
+    verbs = "|".join(sorted(map(re.escape, pages), key=len, reverse=True))
+    stays = r"(?P<stays><(pre|a|h[1-6]|script|nav|title)\b.*?</\2>)"
+    def linked(m):
+        at = pages.get(m["verb"])
+        if m["stays"] or at == page: return m[0]
+        return f'<a href="{posixpath.relpath(at, posixpath.dirname(page) or ".")}">{m[0]}</a>'
+    return re.sub(rf"{stays}|<code>t2v-turbo (?P<verb>{verbs})(?![\w-])[^<]*</code>", linked, s, flags=re.S) if pages else s
+
+
 def finish(site, names, home):
     "Rename the pages, mend their links, and bring in what they would load from elsewhere"
     version = KATEX[0]
@@ -288,6 +300,7 @@ def finish(site, names, home):
         s = re.sub(r'<img\b[^>]*src="([^"]*images/method\.svg)"[^>]*>', lambda m: diagram(m[0], site / posixpath.join(posixpath.dirname(old), m[1])), s)
         s = outside(s, up, site)
         s = re.sub(r"(?<=[\s(])–(?=[a-z])", "--", s)                          # an option, not a dash
+        s = command_links(s, new, names)
         s = re.sub(r"(<pre\b.*?</pre>)|<code>([^<]*)</code>", lambda m: m[1] or "<code>" + re.sub(
             r"(?<![\w-])--[\w-]+|-&gt;", r'<span class="option">\g<0></span>', m[2]) + "</code>", s, flags=re.S)
         (site / old).unlink()

@@ -49,7 +49,8 @@ def predicted(s):
     "Numbers of a `Plan`; both half precisions take the same bytes"
     import torch
 
-    from t2v_turbo.plan import GB, predict
+    from t2v_turbo.fit import GB
+    from t2v_turbo.plan import predict
     p = predict(replace(s, dtype=torch.bfloat16))
     return dict(total=round(p.total / GB, 2), always=round(sum(p.weights.values()) / GB, 2),
                 peak=round(p.peak / GB, 2), highest=p.highest, tflop=round(sum(v["flops"] for v in p.phases.values()) / 1e12, 1))
