@@ -1,4 +1,4 @@
-"""Two held-out captions by every student of an ablation's first seed, for the pictures of nbs/80_ablation.ipynb.
+"""Two held-out captions by every student of an ablation's first seed, for the pictures of nbs/90_ablation.ipynb.
 
     python bench/ablation_clips.py runs/ablation nbs/ablation_clips.safetensors
 

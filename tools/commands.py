@@ -126,7 +126,7 @@ def overview(books):
     yield "# Commands\n\n> Every command of `t2v-turbo`, a page for each with its options"
     rows = [f"| [`{v.name}`]({page_of(v.name)}.ipynb) | {v.help} |" for v in VERBS]
     parents = "\n".join(f"- `{p}`: {told}" for p, told in PARENTS.items())
-    yield ("`t2v-turbo VERB --help` prints the same as these pages. The declarations are in [notebook 79](../79_cli.ipynb).\n\n".replace("79", books["cli"][:2]).replace(books["cli"][:2] + "_cli.ipynb", books["cli"])
+    yield ("`t2v-turbo VERB --help` prints the same as these pages. The declarations are in [notebook 89](../89_cli.ipynb).\n\n".replace("79", books["cli"][:2]).replace(books["cli"][:2] + "_cli.ipynb", books["cli"])
            + "| command | purpose |\n| --- | --- |\n" + "\n".join(rows) + "\n\n" + BADGE.format("overview"))
     yield f"## Groups\n\nCommands of two words belong together:\n\n{parents}"
     yield "## Help\n\nThe same text in a terminal."

@@ -27,7 +27,7 @@ def renamed(text, new):
 def main():
     new = {old: now for old, now in numbers(p.name for p in (ROOT / "nbs").iterdir()).items() if old != now}
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    for file in (ROOT / f for f in files if f.endswith((".ipynb", ".py", ".md", ".yml", ".txt", ".toml")) and not f.startswith("t2v_turbo/")):
+    for file in (ROOT / f for f in files if f.endswith((".ipynb", ".py", ".md", ".yml", ".txt", ".toml", ".js", ".html", ".cff")) and not f.startswith("t2v_turbo/")):
         if not file.is_file(): continue
         text = file.read_text(encoding="utf-8")
         if (now := renamed(text, new)) != text: file.write_text(now, encoding="utf-8")

@@ -7,7 +7,7 @@ if (window.explore) return window.explore.start();       // a notebook may hold 
 const home = document.currentScript && document.currentScript.src;
 const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-// --- the mathematics: nbs/02_schedule, 03_gaussian, 04_solver, 05_consistency --------------------
+// --- the mathematics: nbs/03_schedule, 04_gaussian, 05_solver, 06_consistency --------------------
 
 const T = 1000, abar = [];
 for (let t = 0, a = 1; t < T; t++) {

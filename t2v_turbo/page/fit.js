@@ -1,4 +1,4 @@
-// The sum of notebook 58b over the same table: keys of the parts, a chain, its peak
+// The sum of notebook 61 over the same table: keys of the parts, a chain, its peak
 (held => {
   "use strict";
   const root = document.getElementById("will-it-fit"), form = root.querySelector("form"), f = form.elements;
