@@ -263,7 +263,7 @@ def evaluate(o:EvaluateOptions=EvaluateOptions(), # student and options
     student = judged_student(o.student or WEIGHTS / "tiny-cd").to(device)
     lora = student.teacher.options.get("teacher_lora", "")
     teacher = load_teacher(student.teacher.name, teacher_lora=lora).to(device)
-    n, w = sampled_as(sampling_of_student(student), o).values()
+    n, w = map(sampled_as(sampling_of_student(student), o).get, ("steps", "w"))
     prompts, net = [caption(*a) for a in combos("heldout").tolist()], load_judges()
     who = [Sampler("teacher", n, 2 * n, lambda p, seed: sample_teacher(
                teacher, p, make_gen(seed), n, w)),

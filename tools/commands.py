@@ -19,9 +19,9 @@ PAGES = ROOT / "nbs/commands"
 COLUMNS = "96"                          # of the help, on these pages and in their cells
 UNITS = dict(frames="frames", height="pixels", width="pixels", fps="frames a second", image_frames="frames", video_frames="frames", window="frames",
              batch="clips", clips="clips", clips_each="clips", accumulate="pieces", mix="tars", workers="threads", samples="samples", at_once="samples",
-             steps="steps", teacher_steps="steps", student_steps="steps", warmup="steps", save_every="steps", keep_every="steps", eval_every="steps",
+             steps="steps", teacher_steps="steps", teacher_look="steps", student_steps="steps", warmup="steps", save_every="steps", keep_every="steps", eval_every="steps",
              max_skipped="steps", k="timesteps", origin="timesteps", keep="checkpoints", patience="looks", jobs="students", parts="pages", repeats="clips",
-             gpu="GB", tflops="TFLOPS", tol="percent points")
+             gpu="GB", view="seconds", min_seconds="seconds", tflops="TFLOPS", tol="percent points")
 OTHER = {"rate make": dict(repeats="")}                               # units that differ for a command
 LONG = 80                               # letters of a list of values that fits in a table
 PURE = "seed rank lr lora_dropout ema clip w w_min w_max teacher_w student_w huber_c beta_img beta_vid scale".split() # numbers without a unit
