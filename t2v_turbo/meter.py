@@ -73,17 +73,18 @@ class Meter(TorchDispatchMode):
             if isinstance(t, Tensor) and t.device.type == self.device: self._watch(t)
         return out
 
-    @contextmanager
-    def phase(self,
-              name:str, # a key of `phases`
-             ):
-        "Record the bytes that this part of a run leaves, its peak, and its operations"
-        start, high, flops, self.peak = self.live, self.peak, self.flops, self.live
-        try: yield
-        finally:
-            self.phases[name] = dict(kept=self.live - start, peak=self.peak,
-                                     flops=self.flops - flops)
-            self.peak = max(high, self.peak)
+# %% ../nbs/52_meter.ipynb #5d62d204
+@patch
+@contextmanager
+def phase(self:Meter,
+          name:str, # a key of `phases`
+         ):
+    "Record the bytes that this part of a run leaves, its peak, and its operations"
+    start, high, flops, self.peak = self.live, self.peak, self.flops, self.live
+    try: yield
+    finally:
+        self.phases[name] = dict(kept=self.live - start, peak=self.peak, flops=self.flops - flops)
+        self.peak = max(high, self.peak)
 
 # %% ../nbs/52_meter.ipynb #016974d1
 def _signature(x):
