@@ -1,5 +1,6 @@
 "The house rules of CONTRIBUTING.md, checked on whatever notebooks and modules there are."
 import ast
+import builtins
 import json
 import os
 import re
@@ -219,6 +220,24 @@ def test_bars_are_dropped_and_the_rest_stays():
     assert execute.clean(nb) and nb["metadata"] == dict(kernelspec={})
     assert ["".join(o["text"]) for o in nb["cells"][0]["outputs"]] == ["loss 50% | lower\n", "saved\nread\n"]
     assert not execute.clean(nb)
+
+
+@each_nb
+def test_a_cell_that_imports_can_be_executed_for_the_site(nb):
+    "The site's build executes what is exported or imports, and nothing else: such a cell uses no name of another one"
+    known = {*vars(builtins), "__name__"}
+    for i, c in enumerate(cells(nb)):
+        code = "\n".join(s for s in src(c).splitlines() if not s.lstrip().startswith(("%", "!")))
+        if c["cell_type"] != "code" or re.search(r"#\|\s*eval:\s*false", code): continue
+        tree = ast.parse(code)
+        imports = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree))
+        if not is_export(c) and not imports: continue
+        names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+        known |= {n.id for n in names if not isinstance(n.ctx, ast.Load)} | {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)}
+        known |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)) or isinstance(n, ast.ExceptHandler) and n.name}
+        known |= {(a.asname or a.name).split(".")[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+        lost = {n.id for n in names} - known
+        assert is_export(c) or not lost, f"{rel(nb)} cell {i} imports and uses {', '.join(sorted(lost))}: import in a cell of its own"
 
 
 @each_nb
