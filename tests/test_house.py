@@ -233,10 +233,12 @@ def test_a_cell_that_imports_can_be_executed_for_the_site(nb):
         imports = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree))
         if not is_export(c) and not imports: continue
         names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
-        known |= {n.id for n in names if not isinstance(n.ctx, ast.Load)} | {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg)}
-        known |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)) or isinstance(n, ast.ExceptHandler) and n.name}
-        known |= {(a.asname or a.name).split(".")[0] for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
-        lost = {n.id for n in names} - known
+        bound = lambda ns: ({n.id for n in ns if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)} | {n.arg for n in ns if isinstance(n, ast.arg)}
+                            | {n.name for n in ns if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))}
+                            | {(a.asname or a.name).split(".")[0] for n in ns if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names})
+        top = [m for n in tree.body for m in ([n] if isinstance(n, (ast.FunctionDef, ast.ClassDef)) else ast.walk(n))]
+        lost = {n.id for n in names} - known - bound(list(ast.walk(tree)))
+        known |= bound(top)
         assert is_export(c) or not lost, f"{rel(nb)} cell {i} imports and uses {', '.join(sorted(lost))}: import in a cell of its own"
 
 
