@@ -136,7 +136,7 @@ class Block(nn.Module):
         self.near = nn.Parameter(torch.zeros(heads, 15 * 7 * 7))   # one weight for each offset
 
     def forward(self, x: Tensor, c: Tensor, offsets: Tensor) -> Tensor:
-        a, b, g, d, e, h = self.modulate(c).unsqueeze(1).chunk(6, -1)
+        a, b, g, d, e, h = self.modulate(c).repeat_interleave(16, 1).chunk(6, -1)
         x = x + g * self.attend(_shifted(x, a, b), offsets)
         return x + h * self.down(F.relu(self.up(_shifted(x, d, e))).square())
 
@@ -165,6 +165,7 @@ class VideoNet(nn.Module):
         self.patch_in = nn.Linear(4 * CHANNELS, width)
         self.place = nn.Parameter(.1 * torch.randn(16, width))
         self.frame = nn.Parameter(.1 * torch.randn(8, 1, width))
+        self.moment = nn.Parameter(torch.zeros(8, cond))   # words act on each frame in its own way
         self.time = nn.Sequential(nn.Linear(64, cond), nn.SiLU(), nn.Linear(cond, cond))
         self.text = nn.Sequential(nn.Linear(WIDTH_TEXT, cond), nn.SiLU(), nn.Linear(cond, cond))
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(cond, cond), nn.SiLU())
@@ -184,15 +185,16 @@ class VideoNet(nn.Module):
         b, _, t = z.shape[:3]
         when = self.frame if at is None else self.frame[at][:, None]
         offsets = self.offsets[:16 * t, :16 * t]
-        c = self.mix(self.time(sinusoid(phi * 2 / math.pi)) + self.text(context.sum(1)))
+        c = self.time(sinusoid(phi * 2 / math.pi)) + self.text(context.sum(1))
+        c = self.mix(c[:, None] + (self.moment if at is None else self.moment[at][:, None]))
         frames = z.transpose(1, 2).flatten(0, 1)
         x = F.pixel_unshuffle(frames, 2).flatten(2).transpose(1, 2)           # (b t) 16 64
         x = (self.patch_in(x).unflatten(0, (b, t)) + self.place + when).flatten(1, 2)
         for block in self.blocks:
             x = block(x, c, offsets)
-        x = self.patch_out(_shifted(x, *self.last(c).unsqueeze(1).chunk(2, -1)))
+        x = self.patch_out(_shifted(x, *self.last(c).repeat_interleave(16, 1).chunk(2, -1)))
         x = x.view(b * t, 16, -1).transpose(1, 2).unflatten(2, (4, 4))
         x = F.pixel_shuffle(x, 2)
-        tone = (1 + self.tone(c)).repeat_interleave(t, 0)[..., None, None]
+        tone = (1 + self.tone(c)).flatten(0, 1)[..., None, None]
         x = x + self.end(F.silu(self.fine(torch.cat([frames, x], 1)) * tone))
         return x.unflatten(0, (b, t)).transpose(1, 2).float()
