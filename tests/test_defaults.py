@@ -182,7 +182,7 @@ def test_the_best_look_is_what_is_reported(tmp_path, monkeypatch, capsys):
     "Where the rule stops a run, the student of the best look is kept, judged and named"
     from t2v_turbo import watch as watching
     kept, real = [], watching.watch
-    def stopped(trainer, looks): real(trainer, looks); return 1
+    def stopped(*args): real(*args); return 1
     monkeypatch.setattr(watching, "watch", stopped)
     monkeypatch.setattr(watching, "keep_best", lambda trainer, step: kept.append(step), raising=False)
     got = running.distill(Config(out=str(tmp_path), steps=2, batch=1, rank=1, track=""), running.DistillOptions(repeats=1), watching.WatchOptions(eval_every=0))
@@ -193,7 +193,8 @@ def test_the_best_look_is_what_is_reported(tmp_path, monkeypatch, capsys):
 
 # --- options that messages recommend ------------------------------------------------------------------
 
-FOREIGN = {"--mixed_precision", "--num_processes", "--no-deps", "--no-"}  # of accelerate, of pip, and the start of every flag that is off
+FOREIGN = {"--mixed_precision", "--num_processes", "--config_file", "--multi_gpu", "--porcelain", "--untracked-files", "--abbrev-ref", "--no-deps",
+           "--no-"}  # of accelerate, git and pip, and the start of every flag that is off
 
 
 def flags():
