@@ -7,6 +7,18 @@
   const main = document.querySelector("main");
   const root = new URL(".", document.currentScript.src);
 
+  // --- the keyboard: past the list of pages; paper is light ---------------------------------------
+  if (main) {
+    const skip = document.createElement("a");
+    skip.className = "skip"; skip.textContent = "Skip to content"; skip.href = `#${main.id ||= "content"}`;
+    main.tabIndex = -1;
+    document.body.prepend(skip);
+  }
+  let dark = false;
+  const toggle = () => document.querySelector(".quarto-color-scheme-toggle")?.click();
+  addEventListener("beforeprint", () => { dark = document.body.classList.contains("quarto-dark") || document.documentElement.classList.contains("quarto-dark"); if (dark) toggle(); });
+  addEventListener("afterprint", () => { if (dark) toggle(); });
+
   // --- one note for both -----------------------------------------------------------------------
   const note = document.createElement("div");
   note.className = "glossary-note"; note.id = "glossary-note"; note.setAttribute("role", "tooltip"); note.hidden = true;

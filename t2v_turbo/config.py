@@ -36,7 +36,7 @@ class Config(_Checked):
     teacher:str = "tiny"       # `tiny`, `tiny-flow`, a folder with a teacher, or a hub id
     frames:int = 0             # frames of a clip; 0: the teacher's own
     height:int = 0             # of a clip, pixels; 0: the teacher's own
-    width:int = 0
+    width:int = 0          # pixels of a clip's rows; 0: the teacher's
     fps:int = 0                # frames per second, if the teacher reads it; 0: its own
     teacher_lora:str = ""      # LoRA files fused into the teacher, FILE[=strength], ..
     variant:str = ""           # of a hub id's weights, such as fp16; empty: those available

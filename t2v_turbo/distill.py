@@ -30,7 +30,7 @@ class Objective:
     "The loss to minimise, eq. 10, as settings"
     k:int = 20                 # solver skip, in timesteps; divides 1000
     w_min:float = 1.           # guidance scales are drawn from [w_min, w_max]; 0 is no guidance
-    w_max:float = 3.
+    w_max:float = 3.           # their upper end
     huber_c:float = 1e-3       # pseudo-Huber constant
     beta_img:float = 1.        # weight of the image reward, >= 0
     beta_vid:float = 1.        # weight of the video reward, >= 0

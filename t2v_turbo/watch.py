@@ -52,7 +52,7 @@ class WatchOptions:
     prompts:str = ""         # text file, a caption a line; empty: held-out ones of the tiny world
     held_out:str = ""        # name[@file] of a reward outside the loss; empty: the judges
     reference:str = ""       # folder of a plain-CD student; empty: the tiny world's
-    on_hacking:str = "warn"  # off, warn or stop when it falls while the trained rewards rise
+    on_hacking:str = "warn"  # off, warn or stop when `held_out` falls while trained rewards rise
     patience:int = 4         # looks averaged on either side of the fall
     teacher_look:int = 25    # DDIM steps of the teacher's clips in the report, made once; 0: none
 

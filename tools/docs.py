@@ -247,7 +247,7 @@ def outside(s, up, site):
         (site / path).write_bytes(data)
         return f'{m[1]}="{up}{path}"'
     s = re.sub(r'((?:xlink:)?href|src)="data:(image|video)/([\w+]+);base64,([^"]{2000,})"', file, s)
-    return re.sub(r'<img (?=[^>]*src="[./]*media/)', '<img loading="lazy" decoding="async" ', s)
+    return re.sub(r'<img (?=[^>]*src="[./]*media/)', '<img decoding="async" ', s)
 
 
 def inked(svg):

@@ -524,15 +524,16 @@ window.explore = {
       const show = shows[box.dataset.show];
       box.dataset.ready = "";
       if (!show) continue;
-      const near = new IntersectionObserver(async es => {            // what comes into view
-        if (!es.some(e => e.isIntersecting)) return;
-        near.disconnect();
+      const fill = async () => {
+        near.disconnect(); removeEventListener("beforeprint", fill);
         box.replaceChildren();
         try { await show(box, {...box.dataset}); } catch (e) {
           box.replaceChildren(make("p", {}, `This picture does not work: ${e.message}.`));
         }
-      }, {rootMargin: "600px"});
-      near.observe(box);
+      };
+      const near = new IntersectionObserver(es => { if (es.some(e => e.isIntersecting)) fill(); }, {rootMargin: "600px"});
+      near.observe(box);                                             // what comes into view
+      addEventListener("beforeprint", fill);
     }
   },
 };

@@ -61,7 +61,7 @@
   };
 
   const shown = n => (n / GB).toFixed(n / GB < 9.995 ? 2 : 1);
-  const draw = () => {
+  const draw = (switched = false) => {
     const a = asked(), p = plan(a), gpu = +f.gpu.value, card = held.cards[f.card.value];
     const verdict = find(".verdict"), bar = find(".bar"), rows = find("tbody");
     bar.replaceChildren(); rows.replaceChildren();
@@ -78,7 +78,8 @@
     root.dataset.total = p.total / GB;
     root.dataset.tflop = p.flops / 1e12;
     verdict.textContent = need <= gpu ? `Fits: ${shown(p.total)} GB of ${gpu} GB, with ${held.reserve} GB left for the driver` :
-      `Does not fit: ${shown(p.total)} GB and ${held.reserve} GB for the driver are more than ${gpu} GB`;
+      `Does not fit: ${shown(p.total)} GB and ${held.reserve} GB for the driver are more than ${gpu} GB` +
+        (switched ? ", whatever the switches" : ": press “Set the switches for this GPU”");
     find(".time").textContent = `${(p.flops / 1e12).toFixed(1)} TFLOP a clip; ` + (card ?
       `about ${(8 * p.flops / 1e12 / held.speed / card.tflops).toFixed(0)} s a step of 8 clips on a ${card.name}, at ${100 * held.speed} % of its data sheet: an assumption, not a measurement` :
       "seconds are not predicted for this GPU");
@@ -102,6 +103,7 @@
 
   const fill = (select, options, chosen) => {
     select.replaceChildren(...options.map(([v, t]) => new Option(t, v)));
+    select.disabled = options.length < 2;                    // there is nothing to choose
     select.value = options.some(([v]) => v === chosen) ? chosen : options[0][0];
   };
   const sort = names => [...new Set(names)].sort((x, y) => x.localeCompare(y, "en", {numeric: true}));
@@ -128,7 +130,7 @@
   };
   const search = () => {
     for (const on of held.switches) { set(on); const p = plan(asked()); if (p && p.total / GB + held.reserve <= +f.gpu.value) break; }
-    draw();
+    draw(true);
   };
 
   fill(f.teacher, Object.keys(held.commands).map(n => [n, n]), "modelscope");
@@ -140,7 +142,7 @@
     if (e.target === f.clip) rewards(false);
     if (e.target === f.card && f.card.value) f.gpu.value = held.cards[f.card.value].memory;
     if (e.target === f.gpu) f.card.value = "";
-    draw();
+    if ([f.teacher, f.card, f.gpu].includes(e.target)) search(); else draw();
   });
   form.addEventListener("submit", e => e.preventDefault());
   find("[name=find]").addEventListener("click", search);
