@@ -123,7 +123,7 @@ def fold_lora(W:Tensor,     # weight of a linear or convolution layer `(o i ...)
               scale:float,  # of the product
               piece:int=2**18, # numbers of the sum in memory at a time
              )->None:
-    "Add `scale * B @ A` to `W` in float32, a few rows at a time; round once to the precision of `W`"
+    "Add `scale * B @ A` to `W` in float32, a few rows at a time; round once to its dtype"
     A, B = (x.flatten(1).to(W.device, torch.float32) for x in (A, B))
     step = min(len(W), max(1, piece // A.shape[1]))
     buffer = torch.empty(step, A.shape[1], device=W.device)

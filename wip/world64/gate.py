@@ -1,4 +1,4 @@
-"""Share of words that the judges read in samples: `python gate.py --vae V --teacher T --out O.json`"""
+"""What judges read in samples: `python gate.py --vae V --teacher T --frame J --out O.json`"""
 import json
 
 import torch
@@ -29,7 +29,8 @@ def main() -> None:
         parts = [clips_of(teacher, vae, b.captions()[i:i + 24], i, steps, a.w)
                  for i in range(0, a.n, 24)]
         rows[f"teacher {steps}"] = judged(frame, clip, torch.cat(parts), b.attrs)
-    result = {k: dict(zip(AXES, [round(x, 3) for x in v.mean(0).tolist()])) for k, v in rows.items()}
+    mean = lambda v: [round(x, 3) for x in v.mean(0).tolist()]
+    result = {k: dict(zip(AXES, mean(v))) for k, v in rows.items()}
     a.out.write_text(json.dumps(result, indent=1))
     print(json.dumps(result, indent=1))
 
