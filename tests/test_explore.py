@@ -367,7 +367,8 @@ def test_a_page_of_the_site_from_a_file(visit, tmp_path, where):
     shutil.copytree(NBS / "explore", tmp_path / "explore")
     include = yaml.safe_load((NBS / "_quarto.yml").read_text(encoding="utf-8"))["format"]["html"]["include-after-body"]["text"]
     (tmp_path / "tutorials").mkdir()
-    (tmp_path / "styles.css").touch()
+    for name in ("styles.css", "glossary.js"): (tmp_path / name).touch()
+    shutil.copy(NBS / "site.js", tmp_path)
     page, up = tmp_path / where / "p.html", "../" if where else ""
     page.write_text(f'<!doctype html><html lang=en><title>t</title><link rel="stylesheet" href="{up}styles.css"><body>'
                     + "".join(explorable(n).place() for n in PICTURES) + include + "</body>", encoding="utf-8")

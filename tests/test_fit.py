@@ -223,6 +223,12 @@ def test_the_number_of_the_page_is_what_predict_says(page):
 
 
 def test_fits_or_not_and_the_switches_for_a_gpu(page):
+    choose(page, teacher="modelscope", card="16")
+    verdict = page.locator("#will-it-fit .verdict")
+    assert verdict.inner_text().startswith("Fits: ") and "of 14.5 GB" in verdict.inner_text()      # the switches follow the GPU
+    choose(page, decode=not page.locator("#will-it-fit [name=decode]").is_checked())
+    choose(page, denoiser=False, decode=False, save_rewards=False, card="24"), choose(page, card="16")
+    assert verdict.inner_text().endswith(": press “Set the switches for this GPU”")                # but not those that a person chose
     choose(page, teacher="modelscope", card="24")
     page.get_by_role("button", name="Set the switches").tap()
     assert page.locator("#will-it-fit .verdict").inner_text().startswith("Fits: 20.1 GB of 21.9 GB")
@@ -232,14 +238,14 @@ def test_fits_or_not_and_the_switches_for_a_gpu(page):
     told = page.locator("#will-it-fit .verdict").inner_text()
     assert told.startswith("Fits: 7.") and "of 9 GB" in told and "seconds are not predicted" in page.locator("#will-it-fit .time").inner_text()
     choose(page, gpu=4)
-    assert page.locator("#will-it-fit .verdict").inner_text().startswith("Does not fit")
+    assert verdict.inner_text().startswith("Does not fit") and verdict.inner_text().endswith(", whatever the switches")
     assert len(page.locator("#will-it-fit .bar i").all()) == 7 and not page.told
 
 
 @pytest.mark.parametrize("teacher", THERE)
-@pytest.mark.parametrize("on", [dict(cached="", denoiser=False, decode=True, save_rewards=False, optimizer=False, card="16"),
-                                dict(cached="pairs", denoiser=True, decode=True, save_rewards=True, optimizer=True, card="80"),
-                                dict(cached="latents", image="", denoiser=False, decode=False, save_rewards=False, optimizer=False)], ids=["plain", "all", "one reward"])
+@pytest.mark.parametrize("on", [dict(card="16", cached="", denoiser=False, decode=True, save_rewards=False, optimizer=False),
+                                dict(card="80", cached="pairs", denoiser=True, decode=True, save_rewards=True, optimizer=True),
+                                dict(card="24", cached="latents", image="", denoiser=False, decode=False, save_rewards=False, optimizer=False)], ids=["plain", "all", "one reward"])
 def test_the_command_parses(page, teacher, on):
     "With the real parser, into the settings that were chosen"
     choose(page, teacher=teacher, **on)

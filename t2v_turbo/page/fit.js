@@ -124,6 +124,8 @@
     const ranks = sort(all.filter(s => s.startsWith(`student ${a.teacher} ${f.clip.value} `)).map(s => s.match(/rank(\d+)/)[1]));
     fill(f.rank, ranks.reverse().map(r => [r, r === "0" ? "every weight" : `LoRA of rank ${r}`]), String(own.rank));
   };
+  const SWITCHES = ["denoiser", "decode", "save_rewards", "cached", "optimizer"];
+  let mine = false;                                           // whether a person changed one
   const set = on => {
     for (const n of ["denoiser", "decode", "save_rewards"]) f[n].checked = on[n];
     f.cached.value = on.cached; f.optimizer.checked = on.optimizer;
@@ -142,10 +144,12 @@
     if (e.target === f.clip) rewards(false);
     if (e.target === f.card && f.card.value) f.gpu.value = held.cards[f.card.value].memory;
     if (e.target === f.gpu) f.card.value = "";
-    if ([f.teacher, f.card, f.gpu].includes(e.target)) search(); else draw();
+    if (SWITCHES.includes(e.target.name)) mine = true;
+    if (e.target === f.teacher) mine = false;
+    if (!mine && [f.teacher, f.card, f.gpu].includes(e.target)) search(); else draw();
   });
   form.addEventListener("submit", e => e.preventDefault());
-  find("[name=find]").addEventListener("click", search);
+  find("[name=find]").addEventListener("click", () => { mine = false; search(); });
   find("[name=copy]").addEventListener("click", () => {
     const code = find("pre code"), told = find("[role=status]");
     const select = () => { const s = getSelection(); s.removeAllRanges(); const r = document.createRange(); r.selectNodeContents(code); s.addRange(r); };
