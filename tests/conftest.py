@@ -4,6 +4,7 @@
 `pytest FILE`. tools/durations.py writes the list from the log of a full run.
 """
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ MORE = """test_a_fault_of_one_process_of_two""".split()
 
 SLOW = 6.                                                   # seconds on two cores
 DURATIONS = Path(__file__).parent / "durations.txt"
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def durations(path=DURATIONS):
@@ -67,3 +69,14 @@ def clip_vocabulary(tmp_path_factory):
     wheels = list(folder.glob("*.whl"))
     if not wheels: pytest.skip("the wheel of open_clip_torch cannot be fetched")
     return wheels[0]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    "Chromium, which every test of a page opens pages in"
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+    if not BROWSER: pytest.skip("no Chromium on this machine")
+    with api.sync_playwright() as p:
+        b = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield b
+        b.close()

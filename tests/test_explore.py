@@ -29,7 +29,6 @@ from t2v_turbo.teachers.tiny import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCHED = Schedule(vp_abar())
 
 
@@ -41,16 +40,6 @@ def stored(name):
 @pytest.fixture(scope="module")
 def bench():
     return runpy.run_path(str(ROOT / "bench/explorables.py"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
-    if not BROWSER: pytest.skip("no Chromium on this machine")
-    with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield b
-        b.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,6 @@ from t2v_turbo.solver import ddim_grid
 from t2v_turbo.teachers.wan import Flow
 
 ROOT = Path(__file__).resolve().parents[1]
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VP, FLOW = Schedule(vp_abar()), Flow.shifted(3.)
 THIN, A = Gaussian(torch.zeros(2), torch.tensor([1., .1]), VP), torch.ones(2)/2**.5
 S, LEVELS = torch.diag(THIN.std**2), torch.arange(19, 200, 20)
@@ -274,16 +272,6 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
 
 
 # --- the picture to drag -------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
-    if not BROWSER: pytest.skip("no Chromium on this machine")
-    with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield b
-        b.close()
-
 
 @pytest.fixture
 def visit(browser, tmp_path):

@@ -27,7 +27,6 @@ from t2v_turbo.standins import tiny_modelscope
 from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.watch import WatchOptions, evidence, hacked, watch
 
-BROWSER = "/usr/bin/chromium" if Path("/usr/bin/chromium").exists() else None
 CAPTIONS = ["a red circle moving left", "a blue square moving up"]
 KILLED = """
 import os, signal, sys
@@ -134,16 +133,6 @@ def test_one_well_formed_file(killed):
     ids = [a["id"] for _, a in found.seen if "id" in a]
     assert len(ids) == len(set(ids)) and {a["href"][1:] for t, a in found.seen if t == "a" and a["href"].startswith("#")} <= set(ids)
     assert all(a.get("aria-label") for _, a in found.seen if a.get("role") in ("img", "slider"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
-    if not BROWSER: pytest.skip("no Chromium on this machine")
-    with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield b
-        b.close()
 
 
 @pytest.fixture
