@@ -279,7 +279,7 @@ def test_my_own_model(tmp_path, published):
     about = json.loads((tmp_path / "runs/mine/student/student.json").read_text())
     assert about["options"]["teacher_lora"].endswith("my-style.safetensors=0.8") and len(list((tmp_path / "videos").glob("*.mp4"))) == 1
     assert (tmp_path / "mine-4-steps/transformer").is_dir()
-    assert {f.name for n in ("lora", "comfyui") for f in (tmp_path / f"mine-{n}").iterdir()} == {"README.md", 
+    assert {f.name for n in ("lora", "comfyui") for f in (tmp_path / f"mine-{n}").iterdir()} == {"README.md",
         "about.json", "scheduler", "pytorch_lora_weights.safetensors", "comfyui_lora.safetensors"}
 def test_from_prompts_alone(tmp_path, published):
     "The recipe's own teacher, fetched by the command from an empty cache"
