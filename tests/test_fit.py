@@ -2,7 +2,6 @@
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,7 +28,6 @@ from t2v_turbo.rewards.names import FACTS, kind_of_reward
 from t2v_turbo.running import for_distill
 from t2v_turbo.using import listed_models, listed_rewards
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEPT = dict(denoiser=False, decode=0, save_rewards=False)
 
 
@@ -169,22 +167,17 @@ def test_assumptions_are_those_of_the_recipes():
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
+def page(tmp_path_factory, browser):
     "The page as a file in a browser, with all that it reports or asks another host for"
-    if not BROWSER: pytest.skip("no Chromium")
-    api = pytest.importorskip("playwright.sync_api")
     at = tmp_path_factory.mktemp("page") / "fit.html"
     at.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Will it fit?</title><body>{fit_page()}', encoding="utf-8")
-    with api.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        tab = browser.new_page(viewport=dict(width=390, height=800), has_touch=True)
-        tab.told = []
-        tab.on("pageerror", lambda e: tab.told.append(str(e)))
-        tab.on("console", lambda m: tab.told.append(m.text) if m.type == "error" else None)
-        tab.on("request", lambda r: tab.told.append(r.url) if not r.url.startswith("file:") else None)
-        tab.goto(at.as_uri())
-        yield tab
-        browser.close()
+    tab = browser.new_page(viewport=dict(width=390, height=800), has_touch=True)
+    tab.told = []
+    tab.on("pageerror", lambda e: tab.told.append(str(e)))
+    tab.on("console", lambda m: tab.told.append(m.text) if m.type == "error" else None)
+    tab.on("request", lambda r: tab.told.append(r.url) if not r.url.startswith("file:") else None)
+    tab.goto(at.as_uri())
+    return tab
 
 
 def choose(page, **values):

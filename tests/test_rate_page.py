@@ -10,7 +10,7 @@ from t2v_turbo.core import make_gen, write_video
 from t2v_turbo.rate import QUESTIONS, find_pairs, make_page, rate_report, read_ratings
 from t2v_turbo.world import caption, combos, render
 
-api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium on this machine")
 SHOTS = os.environ.get("T2V_TURBO_SHOTS")      # a folder for pictures, to be looked at
@@ -46,14 +46,6 @@ def one_pair(here, *frames):
         write_video(here / model / "0.mp4", render(combos("heldout")[:1], make_gen(0), n)[0])
         (here / model / "0.txt").write_text("a circle")
     return make_page(find_pairs(here / "a", here / "b"), here / "study.html")[0]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with api.sync_playwright() as p:
-        b = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield b
-        b.close()
 
 
 @pytest.fixture
