@@ -1,12 +1,11 @@
 """The stored clips and numbers behind the pictures that a reader can drag, nbs/explore/*.js.
 
-    t2v-turbo distill --out runs/turbo --steps 400 --eval_every 0
-    python bench/explorables.py --student T2V-Turbo=runs/turbo/student         # all four files
+    python bench/explorables.py --student T2V-Turbo=runs/turbo/student         # all four files, of a student of `t2v-turbo distill`
     python bench/explorables.py --only ablation                                # from nbs/ablation* alone, no sampling
 
 Plain CD, the shipped student, is always there. Other teachers, students and worlds need no change of the JavaScript:
 models, captions, sizes, steps and columns are in the files. Pictures are one WebP a file, of the best quality that
-fits `--kilobytes`. Needs about 5 minutes of one CPU core.
+fits `--kilobytes`.
 """
 import argparse
 import base64
@@ -24,19 +23,20 @@ from tqdm import tqdm
 from t2v_turbo.ablate import by_setting, read_table
 from t2v_turbo.core import make_gen
 from t2v_turbo.files import UserError, atomic
-from t2v_turbo.judges import judge, judge_score, load_judges, motion_amount
+from t2v_turbo.judges import held_captions, judge, judge_score, load_judges, motion_amount
 from t2v_turbo.pipeline import sample_student, sample_teacher
 from t2v_turbo.saved import load_student
-from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.teachers.folders import defaults_of, load_teacher
 from t2v_turbo.teachers.tiny import WEIGHTS
-from t2v_turbo.world import caption, combos, render
+from t2v_turbo.world import parse, render
 
 NBS = Path(__file__).parents[1] / "nbs"
 QUALITIES = (92, 85, 75, 65, 55, 45, 35)                        # of a WebP, tried in this order
-NAMES = dict(score="judges' score, log-probability", shape="judged shape", colour="judged colour", motion="judged motion",
-             clean="judged clean", amount="motion, grey levels a frame")
-TABLE = dict(held_out="judges' score, log-probability", r_img="image reward", r_vid="video reward", clean="judged clean",
-             motion="judged motion", motion_amount="motion, grey levels a frame")
+SHOWN = ("a yellow fish moving right in the sea", "a pink rocket growing at night", "a blue house shrinking in the meadow", "a white cat bouncing by the wall")  # held out
+JUDGED = dict(noun="judged noun", colour="judged colour", scene="judged scene", motion="judged motion", look="judged look", steady="judged steadiness")
+NAMES = dict(score="judges' score, log-probability", **JUDGED, amount="motion, grey levels a frame")
+TABLE = dict(held_out="judges' score, log-probability", r_img="image reward", r_vid="video reward", noun="judged noun", motion="judged motion",
+             look="judged look", steady="judged steadiness", motion_amount="motion, grey levels a frame")
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -66,10 +66,9 @@ def grey(a, b):
 def levels(a, teacher, students):
     "One clip at many noise levels: noised, the teacher's mean, the jump of plain CD"
     name, student = next(iter(students.items()))
-    attrs = combos("heldout")[4:5]
-    clean, ctx = render(attrs, make_gen(a.seed)), student.teacher.encode_text([caption(*attrs[0].tolist())])
+    clean, ctx = render(torch.tensor([parse(SHOWN[0])]), make_gen(a.seed)), student.teacher.encode_text([SHOWN[0]])
     z0 = student.teacher.encode(clean)
-    noise, times, rows = torch.randn(z0.shape, generator=make_gen(a.seed + 1)), [19, *range(59, 960, 60), 999], []
+    noise, times, rows = torch.randn(z0.shape, generator=make_gen(a.seed + 1)), [19, *range(119, 840, 120), 999], []
     for t in tqdm(times, desc="levels"):
         at = torch.tensor([t])
         zt = student.teacher.schedule.add_noise(z0, noise, at)
@@ -79,13 +78,12 @@ def levels(a, teacher, students):
     clips = torch.stack(rows, 1)                                                   # part, time, 3, t, h, w
     parts = [dict(name="zt", title="noised, z_t"), dict(name="x0", title="teacher: the mean", distance=grey(clips[1], clean)),
              dict(name="f", title=f"{name}: f, one jump", distance=grey(clips[2], clean))]
-    return dict(times=times, parts=parts, caption=caption(*attrs[0].tolist()), sheet=sheet(clips.transpose(0, 1).flatten(0, 1), a.kilobytes))
+    return dict(times=times, parts=parts, caption=SHOWN[0], sheet=sheet(clips.transpose(0, 1).flatten(0, 1), a.kilobytes))
 
 
 def players(a, teacher, students):
     "The same captions and start noise: the teacher in 50 steps and in 4, each student in 4"
-    prompts = [caption(*c) for c in combos("heldout")[[1, 9, 15, 22]].tolist()]
-    seeds = [a.seed + i for i in range(3)]
+    prompts, seeds = list(SHOWN), [a.seed + i for i in range(2)]
     models = {"teacher, 50 steps": (100, lambda p, g: sample_teacher(teacher, p, g, 50, a.w)),
               "teacher, 4 steps": (8, lambda p, g: sample_teacher(teacher, p, g, 4, a.w))}
     models |= {f"{n}, 4 steps": (4, lambda p, g, s=s: sample_student(s, p, g, 4, a.w)) for n, s in students.items()}
@@ -102,10 +100,10 @@ def players(a, teacher, students):
 
 def guidance(a, teacher, students):
     "One clip for each number of steps and guidance scale, and the judges' means over captions that were never trained on"
-    prompts = [caption(*c) for c in combos("heldout")[::24 // a.captions].tolist()][:a.captions]
-    scales, judges = [0, 1, 2, 4, 8], load_judges()
-    models = [("teacher", [2, 4, 8, 16, 50], 2, lambda g, n, w: sample_teacher(teacher, prompts, g, n, w))]
-    models += [(name, [1, 2, 4, 8], 1, lambda g, n, w, s=s: sample_student(s, prompts, g, n, w)) for name, s in students.items()]
+    prompts = [SHOWN[1], *held_captions(a.captions - 1)]
+    scales, judges = [0, 1, 2, 4], load_judges()
+    models = [("teacher", [4, 16, 50], 2, lambda g, n, w: sample_teacher(teacher, prompts, g, n, w))]
+    models += [(name, [1, 2, 4], 1, lambda g, n, w, s=s: sample_student(s, prompts, g, n, w)) for name, s in students.items()]
     clips, rows = [], []
     bar = tqdm([(f, n, w) for _, ns, _, f in models for n in ns for w in scales], desc="guidance")
     for f, n, w in bar:
@@ -113,24 +111,29 @@ def guidance(a, teacher, students):
         mean = {k: v.mean().item() for k, v in judge(judges, x, prompts).items()}
         row = dict(score=judge_score(judges, x, prompts).mean().item(), **mean, amount=motion_amount(x).mean().item())
         rows.append({k: round(row[k], 3) for k in NAMES})
-        clips.append(x[1])
+        clips.append(x[0])
     about = f"The numbers are means over {len(prompts)} captions that no model was trained on, by judges that were in no loss."
-    return dict(models=[dict(name=n, steps=s, calls=c) for n, s, c, _ in models], w=scales, columns=NAMES, rows=rows, caption=prompts[1],
+    return dict(models=[dict(name=n, steps=s, calls=c) for n, s, c, _ in models], w=scales, columns=NAMES, rows=rows, caption=prompts[0],
                 about=about, sheet=sheet(torch.stack(clips), a.kilobytes))
 
 
 def ablation(a, teacher, students):
-    "The students of nbs/90_ablation: clips of the first training seed, means and spread over all seeds"
+    "The students of nbs/98_ablation: clips of the first training seed, means and spread over all seeds"
     rows, path = read_table(a.table), a.clips
     axes = ["beta_img", "beta_vid"]
-    values = [sorted({r[x] for r in rows}) for x in axes]
+    there = {tuple(r[x] for x in axes) for r in rows}
+    ys = sorted({y for _, y in there})
+    values = [[x for x in sorted({x for x, _ in there}) if all((x, y) in there for y in ys)], ys]    # whole columns of a growing grid
     clips, columns = load_file(path), {k: v for k, v in TABLE.items() if k in rows[0]}
     grids = {c: by_setting(rows, axes, c) for c in columns}
     with safe_open(path, "pt") as f: captions = json.loads(f.metadata()["captions"])
     cells = [(x, y) for x in values[0] for y in values[1]]
     keys = [f"beta_img={x:g} beta_vid={y:g}" for x, y in cells]
-    table = [{c: [round(v, 3) for v in grids[c][k][:2]] for c in columns} for k in cells]
-    about = f"Mean and standard deviation over {grids[next(iter(columns))][cells[0]][2]} training seeds. The clips are of the first."
+    spread = lambda m, s, n: [round(m, 3), round(s, 3) if n > 1 else 0.]
+    table = [{c: spread(*grids[c][k]) for c in columns} for k in cells]
+    n = sorted({grids[next(iter(columns))][k][2] for k in cells})
+    seeds = "one training seed" if n == [1] else f"{n[0]} training seeds" if len(n) == 1 else f"{n[0]} to {n[-1]} training seeds"
+    about = f"Mean and standard deviation over {seeds}. The clips are of the first."
     return dict(axes=axes, values=values, columns=columns, rows=table, captions=captions, about=about,
                 sheet=sheet(torch.cat([clips[k].float() / 255 for k in keys]), a.kilobytes))
 
@@ -148,10 +151,11 @@ def main(argv=None):
     p.add_argument("--table", type=Path, default=NBS / "ablation.csv", help="rows.csv of `t2v-turbo ablate`")
     p.add_argument("--clips", type=Path, default=NBS / "ablation_clips.safetensors", help="written by bench/ablation_clips.py")
     p.add_argument("--seed", type=int, default=0, help="of the start noise")
-    p.add_argument("--w", type=float, default=2., help="guidance scale where none is chosen")
-    p.add_argument("--captions", type=int, default=12, help="captions of the judges' means, at most 24")
-    p.add_argument("--kilobytes", type=int, default=130, help="most that one file's pictures may take")
+    p.add_argument("--w", type=float, help="guidance scale where none is chosen; default: the teacher's")
+    p.add_argument("--captions", type=int, default=24, help="captions of the judges' means")
+    p.add_argument("--kilobytes", type=int, default=200, help="most that one file's pictures may take")
     a = p.parse_args(argv)
+    if a.w is None: a.w = defaults_of(a.teacher).guidance
     teacher, students = None, {}
     if set(a.only) - {"ablation"}:
         teacher = load_teacher(a.teacher)

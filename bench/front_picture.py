@@ -1,36 +1,67 @@
 """The moving picture of the front page: teacher 50 steps, plain CD 4 steps, T2V-Turbo 4 steps, same captions and seeds.
 
-    python bench/front_picture.py runs/seeds/turbo-both-0/student     # writes nbs/images/teacher-cd-turbo.gif
+    python bench/front_picture.py runs/seeds/rows/turbo-both-0/student     # writes nbs/images/teacher-cd-turbo.gif, and card.png beside it
+    python bench/front_picture.py STUDENT --w 1.5 --cd runs/seeds/rows/cd-0/student --seed 3
 """
-import sys
+import argparse
 from pathlib import Path
 from textwrap import wrap
 
-from PIL import Image, ImageDraw
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
 
 from t2v_turbo.core import make_gen
 from t2v_turbo.pipeline import sample_student, sample_teacher
 from t2v_turbo.saved import load_student
-from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher
-from t2v_turbo.world import caption, combos
+from t2v_turbo.teachers.folders import defaults_of, load_teacher
+from t2v_turbo.teachers.tiny import WEIGHTS
 
-W = float(sys.argv[2]) if len(sys.argv) > 2 else 2.
-prompts = [caption(*a) for a in combos("heldout")[[1, 4, 9, 12, 17, 22]].tolist()]
-turbo, cd = load_student(sys.argv[1]), load_student(WEIGHTS / "tiny-cd")
-rows = {"teacher, 50 steps": sample_teacher(load_teacher(), prompts, make_gen(0), 50, W),
-        "plain CD, 4 steps": sample_student(cd, prompts, make_gen(0), 4, W),
-        "T2V-Turbo, 4 steps": sample_student(turbo, prompts, make_gen(0), 4, W)}
-S, left, top, gap = 96, 120, 30, 6
-frames = []
-for t in range(8):
-    page = Image.new("RGB", (left + 6 * (S + gap), top + 3 * (S + gap)), "white"); pen = ImageDraw.Draw(page)
-    for i, p in enumerate(prompts): pen.text((left + i * (S + gap), 2), "\n".join(wrap(p.removeprefix("a "), 15)), fill="black", font_size=10)
+CAPTIONS = ("a yellow fish moving right in the sea", "a pink rocket growing at night", "a blue house shrinking in the meadow",
+            "a white cat bouncing by the wall", "a purple car moving left in the desert")                       # held out, all
+SIDE, LEFT, TOP, GAP = 128, 74, 34, 4                              # two pixels for each of a clip
+
+
+def page_of(rows, t):
+    "One frame of all clips, with captions above and names of the samplers beside them"
+    page = Image.new("RGB", (LEFT + len(CAPTIONS) * (SIDE + GAP), TOP + len(rows) * (SIDE + GAP)), "white")
+    pen = ImageDraw.Draw(page)
+    for i, p in enumerate(CAPTIONS): pen.text((LEFT + i * (SIDE + GAP), 2), "\n".join(wrap(p.partition(" ")[2], 22)), fill="black", font_size=12)
     for r, (name, clips) in enumerate(rows.items()):
-        pen.text((4, top + r * (S + gap) + S // 2 - 6), name, fill="black", font_size=11)
+        pen.text((2, TOP + r * (SIDE + GAP) + SIDE // 2 - 14), name.replace(", ", "\n"), fill="black", font_size=12)
         for i, c in enumerate(clips):
-            x = Image.fromarray((c[:, t].permute(1, 2, 0) * 255).round().byte().numpy()).resize((S, S), Image.NEAREST)
-            page.paste(x, (left + i * (S + gap), top + r * (S + gap)))
-    frames.append(page.quantize(256, dither=Image.Dither.NONE))
-path = Path(__file__).parents[1] / "nbs/images/teacher-cd-turbo.gif"; path.parent.mkdir(exist_ok=True)
-frames[0].save(path, save_all=True, append_images=frames[1:], duration=140, loop=0)
-print(path, path.stat().st_size // 1000, "kB")
+            x = Image.fromarray((c[:, t].permute(1, 2, 0) * 255).round().byte().numpy()).resize((SIDE, SIDE), Image.NEAREST)
+            page.paste(x, (LEFT + i * (SIDE + GAP), TOP + r * (SIDE + GAP)))
+    return page.quantize(128, dither=Image.Dither.NONE)
+
+
+def card_of(page):
+    "The picture that links to the site show: 1200 x 630, name, purpose and one frame"
+    card, fonts = Image.new("RGB", (1200, 630), "#12263f"), Path(matplotlib.get_data_path()) / "fonts/ttf"
+    pen, font = ImageDraw.Draw(card), lambda name, size: ImageFont.truetype(str(fonts / f"{name}.ttf"), size)
+    pen.text((40, 96), "t2v_turbo", fill="white", font=font("DejaVuSans-Bold", 64))
+    words = "\n".join(wrap("Distil a text-to-video diffusion model into a 4-step student, with rewards in the same loss. Every equation beside its code.", 24))
+    pen.text((40, 200), words, fill="white", font=font("DejaVuSans", 27), spacing=10)
+    card.paste(page.convert("RGB"), (1200 - page.width - 32, (630 - page.height) // 2))
+    return card.quantize(256)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("student", help="folder of the student with both rewards")
+    p.add_argument("--cd", type=Path, default=WEIGHTS / "tiny-cd", help="folder of the plain-CD student")
+    p.add_argument("--w", type=float, default=defaults_of("tiny").guidance, help="guidance scale of all")
+    p.add_argument("--seed", type=int, default=0, help="of the start noise")
+    p.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "nbs/images/teacher-cd-turbo.gif")
+    a = p.parse_args(argv)
+    prompts, gen = list(CAPTIONS), lambda: make_gen(a.seed)
+    rows = {"teacher, 50 steps": sample_teacher(load_teacher("tiny"), prompts, gen(), 50, a.w),
+            "plain CD, 4 steps": sample_student(load_student(a.cd), prompts, gen(), 4, a.w),
+            "T2V-Turbo, 4 steps": sample_student(load_student(a.student), prompts, gen(), 4, a.w)}
+    frames = [page_of(rows, t) for t in range(next(iter(rows.values())).shape[2])]
+    a.out.parent.mkdir(exist_ok=True)
+    frames[0].save(a.out, save_all=True, append_images=frames[1:], duration=140, loop=0)
+    card_of(frames[-2]).save(a.out.with_name("card.png"), optimize=True)
+    print(a.out, a.out.stat().st_size // 1000, "kB")
+
+
+if __name__ == "__main__": main()

@@ -1,4 +1,4 @@
-"""The small networks of nbs/15_leash.ipynb, five seeds for each weight of the reward, and the front page's picture
+"""The small networks of nbs/17_leash.ipynb, five seeds for each weight of the reward, and the front page's picture
 
     python bench/leash.py [OUT]            # train what is missing in OUT (default: nbs/leash.csv), about ten minutes on one core
     python bench/leash.py --picture        # nbs/images/leash.svg from nbs/leash.csv

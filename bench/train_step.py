@@ -94,7 +94,7 @@ A = "published"
 def case_of(teacher, width=32, frames=16, size=None, batch=1):
     "The sizes of a step, as a dict of plain values"
     if teacher == "tiny":
-        return dict(teacher="tiny", frames=8, size=(32, 32), batch=batch, rank=16, beta=(1., 1.), image=2, video=4)
+        return dict(teacher="tiny", frames=8, size=(64, 64), batch=batch, rank=16, beta=(1., 1.), image=2, video=8)
     p = PUBLISHED[teacher]
     size = size or (p["size"] if width == FULL else tuple(v//4 for v in p["size"]))
     return dict(p, teacher=teacher, width=width, frames=frames, size=tuple(size), batch=batch, rank=max(4, p["rank"]*width//FULL),
@@ -298,9 +298,10 @@ class Theirs:
         return {k: float(self.acc.reduce(v.detach().mean(), "mean")) for k, v in out.items()}
 
     def update(self):
-        self.acc.clip_grad_norm_(self.params, 1.)
-        self.opt.step()
-        self.opt.zero_grad()
+        with self.phase("optimiser"):
+            self.acc.clip_grad_norm_(self.params, 1.)
+            self.opt.step()
+            self.opt.zero_grad()
 
     @contextmanager
     def phases(self, clock):
@@ -320,7 +321,7 @@ class Ours(Trainer):
         self.made, self.c, self.rewards = teacher, c, (image, video)
         if "rewards" in savings_of(save):
             for r in self.rewards: save_reward(r)
-        super().__init__(Config(out=out, batch=c["batch"], rank=c["rank"], save_memory=save, objective=objective(c), lr=1e-5,
+        super().__init__(Config(out=out, batch=c["batch"], rank=c["rank"], save_memory=save, objective=objective(c), ema=0., lr=1e-5,
                                 data=f"{caches}/{kind}" if kind else "", texts=f"{caches}/text" if kind else "", seed=SEED, track=""),
                          image, video)
         self.opt = self.engine.opt
@@ -337,13 +338,8 @@ class Ours(Trainer):
 
     @contextmanager
     def phases(self, clock):
-        plain = self.accelerator.backward
-        def backward(loss):
-            with clock.phase("backward"): plain(loss)
-        self.accelerator.backward = backward
-        try:
-            with replaced.object(self.model, "phase", clock.phase): yield
-        finally: self.accelerator.backward = plain
+        phase = lambda name: clock.phase("optimiser" if name == "update" else name)
+        with replaced.object(self.model, "phase", phase): yield
 
 
 def make_caches(c, device, folder):
@@ -436,7 +432,7 @@ def shares(it, repeats):
                 for r in it.rewards: vars(r).get("_texts", {}).clear()
                 with clock.phase("read"): got = it.read()
                 it.backward(got)
-                with clock.phase("optimiser"): it.update()
+                it.update()
     parts = {k: v/repeats for k, v in clock.parts.items()}
     parts["decode"] = parts["decode"] + parts.pop("decode again", 0)
     whole = parts.pop("all")

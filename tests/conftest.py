@@ -42,9 +42,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if hasattr(config, "workerinput"): return               # a worker is given the options of its controller
-    if config.args_source is not config.ArgsSource.TESTPATHS: config.option.full = True
+    if hasattr(config, "workerinput"): config.option.full = config.workerinput["full"]
+    elif config.args_source is not config.ArgsSource.TESTPATHS: config.option.full = True
     elif config.option.full: config.option.durations, config.option.durations_min = 0, 1.
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["full"] = node.config.option.full      # pytest 9.2 hands only what was given on the command line
 
 
 def pytest_collection_modifyitems(config, items):

@@ -30,6 +30,7 @@ SETTINGS = dict(steps=160, batch=2, rank=2, save_every=1, keep=2, lr=2e-4, track
 
 def train(out, rank, n, port):
     "One process of a run; never returns"
+    torch.set_num_threads(1)                                  # makes a child's pool anew, before several threads look for it
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if n == 1:
         for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"): del os.environ[k]

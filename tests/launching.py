@@ -13,6 +13,23 @@ from t2v_turbo.core import _frames_u8
 
 ROOT = Path(__file__).parent.parent
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+MOVED = """
+import json, os, sys
+if os.environ.get("ACCELERATE_USE_FSDP"): sys.path.insert(0, sys.argv[3]); import cpu_fsdp
+import torch
+from t2v_turbo import train
+from t2v_turbo.distill import Objective
+from t2v_turbo.saved import whole
+from t2v_turbo.train import Config, Trainer
+made = train.make_student
+def moved(*args):                          # away from B = 0, before anything is sharded
+    student, gen = made(*args), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in student.trainable().values(): p.add_(.02 * torch.randn(p.shape, generator=gen))
+    return student
+train.make_student = moved
+where, more = sys.argv[1], json.loads(sys.argv[2])
+"""  # how a script starts that trains a student on one process or more: `where` and `more` are its arguments
 SMALL = ["--steps", "4", "--batch", "4", "--rank", "2", "--save_every", "2", "--repeats", "1", "--track", ""]
 
 

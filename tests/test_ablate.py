@@ -4,7 +4,6 @@ import os
 import pickle
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -39,7 +38,7 @@ from t2v_turbo.distill import Objective
 from t2v_turbo.files import UserError
 from t2v_turbo.running import read_config
 from t2v_turbo.standins import tiny_modelscope
-from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.teachers.folders import DEFAULTS, load_teacher
 from t2v_turbo.train import Config
 from t2v_turbo.watch import WatchOptions
 
@@ -83,7 +82,8 @@ def test_every_teacher_brings_its_own_settings(tmp_path):
     for cfg in (told, Config(rank=8, objective=objective_of("tiny", w_max=40.)), pickle.loads(pickle.dumps(told))):
         a, b = (cell_config(cfg, c) for c in cells(o, cfg))
         assert (a.rank, a.objective.w_max, b.rank, b.objective.w_max) == (8, 40., 8, 40.)
-        assert (a.lr, a.lr_schedule, a.objective.w_min, a.objective.image_frames) == (1e-3, "linear", 1., 2)
+        own = DEFAULTS["tiny"]
+        assert (a.lr, a.lr_schedule, a.objective.w_min, a.objective.image_frames) == (own.lr, own.lr_schedule, own.w_min, own.image_frames) and own.lr > 1e-5
         assert (b.lr, b.lr_schedule, b.objective.w_min, b.objective.image_frames) == (1e-5, "constant", 5., 6)
     whole = Config(objective=Objective(), lr=1e-3)                                          # all of the objective is given
     b = cell_config(whole, cells(o, whole)[1])
@@ -224,19 +224,16 @@ def test_means_and_front():
 
 @pytest.mark.skipif(not (NBS / "ablation.csv").is_file(), reason="no committed ablation")
 def test_a_committed_cell_again(tmp_path):
-    "The cheapest cell of the committed grid, as close as its seeds are to one another: the noise of a step has changed since"
+    "The cheapest cell of the committed grid, by its command; a processor's own rounding may move a verdict or two of 48 clips"
     rows = read_table(NBS / "ablation.csv")
-    grid = sorted({(r["beta_img"], r["beta_vid"], r["seed"]) for r in rows})
-    assert len(grid) == 48 and len({g[2] for g in grid}) == 3
-    n = int(rows[0]["train_steps"])
-    assert main(["ablate", "--out", str(tmp_path), "--over", "beta_img=0 beta_vid=0", "--seeds", "0", "--jobs", "1", "--steps", str(n),
-                 "--ema", ".95"]) == 0
+    grid = [(r["beta_img"], r["beta_vid"], r["seed"]) for r in rows]
+    assert len(set(grid)) == len(grid) and (0, 0, 0) in grid and {r["train_steps"] for r in rows} == {100}
+    assert main(["ablate", "--out", str(tmp_path), "--over", "beta_img=0 beta_vid=0", "--seeds", "0", "--jobs", "1", "--steps", "100",
+                 "--prompts", str(NBS / "ablation_captions.txt"), "--clips_each", "1"]) == 0
     new, = read_table(tmp_path / "rows.csv")
-    old = [r for r in rows if (r["beta_img"], r["beta_vid"]) == (0, 0)]
-    assert new.keys() == old[0].keys() | {"diversity"}                 # a column that came after the grid
-    for k in ("shape", "colour", "motion", "clean", "r_img", "r_vid", "held_out", "motion_amount", "saturation", "high_frequency", "distance"):
-        mean, spread = statistics.fmean(r[k] for r in old), statistics.stdev(r[k] for r in old)
-        assert abs(new[k] - mean) <= 3 * spread + .05 * max(abs(mean), 1), (k, new[k], mean, spread)
+    old, = (r for r in rows if (r["beta_img"], r["beta_vid"], r["seed"]) == (0, 0, 0))
+    assert new.keys() == old.keys() and {"r_img", "r_vid", "held_out", "noun", "steady", "motion_amount", "distance"} <= new.keys()
+    assert {k: v for k, v in new.items() if abs(v - old[k]) > .05 * max(1, abs(old[k]))} == {}
 
 
 def test_cells_without_a_score_are_blank(tmp_path):
@@ -255,7 +252,7 @@ def test_cells_without_a_score_are_blank(tmp_path):
 
 def test_captions_that_the_text_cache_lacks_are_named_before_a_cell_trains(tmp_path):
     "They are looked at when it has been trained, in the tiny world, too"
-    build_cache("text", load_teacher("tiny"), ["a red circle moving left"], tmp_path / "texts", progress=False)
+    build_cache("text", load_teacher("tiny"), ["a red fish moving left in the sea"], tmp_path / "texts", progress=False)
     cfg, o = two(tmp_path / "a")
     cell = cells(o, cfg)[0]
     cfg = cell_config(replace(cfg, texts=str(tmp_path / "texts")), cell)

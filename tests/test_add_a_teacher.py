@@ -78,13 +78,13 @@ def test_commands_in_a_fresh_process(site, folder, tmp_path, installed):
         from t2v_turbo.cli import main
         from t2v_turbo.core import make_gen
         from t2v_turbo.pipeline import T2VTurboPipeline
-        small = ["--reward", "tiny-image,tiny-video", "--frames", "9", "--video_frames", "2", "--rank", "2", "--batch", "1", "--steps", "1"]
+        small = ["--reward", "tiny-image,tiny-video", "--frames", "9", "--rank", "2", "--batch", "1", "--steps", "1"]
         assert main(["distill", "--teacher", sys.argv[1], *small, "--out", "run"]) == 0
         assert main(["sample", "--student", "run/student", "--dtype", "bfloat16", "--out", "videos"]) == 0
         from t2v_turbo.teachers.folders import defaults_of, load_teacher
         assert defaults_of(load_teacher(sys.argv[1])) == defaults_of(sys.argv[1]) and defaults_of(sys.argv[1]).w_max == 6.
         pipe = T2VTurboPipeline.from_pretrained("run/student")
-        torch.save(pipe("a red circle", generator=make_gen(0), output_type="pt").frames, "want.pt")
+        torch.save(pipe("a red fish", generator=make_gen(0), output_type="pt").frames, "want.pt")
         pipe.save_pretrained("pipe")
     """
     env = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")])))
@@ -94,7 +94,7 @@ def test_commands_in_a_fresh_process(site, folder, tmp_path, installed):
     assert len(list((tmp_path / "videos").glob("*.mp4"))) == 1
     importlib.import_module("cogvideox")                  # as diffusers demands of modules that are not its own
     pipe = T2VTurboPipeline.from_pretrained(tmp_path / "pipe")
-    got, want = pipe("a red circle", generator=make_gen(0), output_type="pt").frames, torch.load(tmp_path / "want.pt", weights_only=True)
+    got, want = pipe("a red fish", generator=make_gen(0), output_type="pt").frames, torch.load(tmp_path / "want.pt", weights_only=True)
     assert got.shape == (1, 9, 3, 32, 32)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
@@ -111,7 +111,7 @@ def test_a_class_that_was_forgotten_is_named(tables):
         teacher.__class__ = Other
         return teacher
     folders.LOADERS["TinyVideoDenoiser"] = load
-    with pytest.raises(UserError, match=r"set CLASSES\[TinyVideoDenoiser, AutoencoderKL\] = Other"): load_teacher("tiny")
+    with pytest.raises(UserError, match=r"set CLASSES\[TinyVideoDenoiser, PatchVAE\] = Other"): load_teacher("tiny")
     teacher = load(tiny.WEIGHTS / "tiny")
     folders.CLASSES[type(teacher.denoiser), type(teacher.vae)] = Other
     assert type(load_teacher("tiny")) is Other and teacher_class(teacher.denoiser, teacher.vae) is Other

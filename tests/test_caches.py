@@ -116,8 +116,8 @@ def files(folder): return {p.name: p.read_bytes() for p in folder.glob("[!.]*")}
 def test_dice_are_the_cache_s_own():
     "Those of a seed and a step, and not the noise that training draws there"
     for seed, step in ((0, 0), (3, 7), (9000, 12)):
-        d = draw(Objective(k=20), (2, 4, 8, 8, 8), step_gen(seed, step, "noise")) # as `Trainer.backward`
-        (noise, index), again = (dice(seed, step, (2, 4, 8, 8, 8), 50) for _ in range(2))
+        d = draw(Objective(k=20), (2, 16, 8, 8, 8), step_gen(seed, step, "noise")) # as `Trainer.backward`
+        (noise, index), again = (dice(seed, step, (2, 16, 8, 8, 8), 50) for _ in range(2))
         assert torch.equal(noise, again[0]) and torch.equal(index, again[1]) and index.max() < 50
         assert (noise - d.noise).abs().max() > 1
 
@@ -190,7 +190,7 @@ def test_half_precision_answers_exactly_where_it_stands(teacher, dtype, unit):
 
 
 def test_samples_are_those_of_the_teacher(teacher, tmp_path):
-    prompts = ["a red circle moving left", "a blue cross growing"]
+    prompts = ["a red fish moving left in the sea", "a blue cat growing in the meadow"]
     source = Prompts(prompts)
     z = open_cache(build_cache("samples", teacher, prompts, tmp_path/"z", 3, steps=4, w=3., seed=1, dtype="float32", **SMALL),
                    teacher, steps=4, w=3., data=source)
@@ -207,7 +207,7 @@ def test_samples_are_those_of_the_teacher(teacher, tmp_path):
 
 
 def test_texts(teacher, tmp_path):
-    prompts = ["a red circle moving left", "a blue cross growing", "a red circle moving left"]
+    prompts = ["a red fish moving left in the sea", "a blue cat growing in the meadow", "a red fish moving left in the sea"]
     texts = open_cache(build_cache("text", teacher, prompts, tmp_path/"t", dtype="float32", **SMALL), teacher)
     assert texts.captions == ["", *prompts[:2]]
     asked = [prompts[1], "", prompts[1], prompts[0]]
@@ -328,7 +328,7 @@ def test_sizes_are_those_of_the_files(whole, teacher, tmp_path):
     made = dict(pairs=(whole, "float32", teacher.latent_shape, 7))
     for kind, source, n in (("latents", World(), 7), ("text", World("all").batch(0, 40)[1], None)):
         folder = build_cache(kind, teacher, source, tmp_path/kind, n, dtype="float16", batch=8, progress=False)
-        made[kind] = folder, "float16", (8, 64) if kind == "text" else teacher.latent_shape, len(open_cache(folder))
+        made[kind] = folder, "float16", (9, 96) if kind == "text" else teacher.latent_shape, len(open_cache(folder))
     for kind, (folder, dtype, shape, n) in made.items():
         told = cache_bytes(kind, n, shape, dtype)
         real = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
@@ -370,7 +370,7 @@ def test_rows_of_shards_of_several_batches(teacher, tmp_path):
 
 def test_another_teacher_or_other_settings_are_refused(whole, teacher, tmp_path):
     other = load_teacher("tiny")
-    with torch.no_grad(): other.vae.decoder.conv_in.bias.add_(1.)
+    with torch.no_grad(): other.vae.synthesise.bias.add_(1.)
     with pytest.raises(UserError, match=r"built with vae float32 \w{16}, not float32 \w{16}: use it"): open_cache(whole, other)
     with torch.no_grad(): next(other.denoiser.parameters()).add_(1.)
     with pytest.raises(UserError, match=r"built with vae float32 \w{16}, not \w+ \w{16}; denoiser float32"): open_cache(whole, other)
@@ -390,7 +390,7 @@ def test_another_teacher_or_other_settings_are_refused(whole, teacher, tmp_path)
     tiny = teacher_id(teacher, before)
     assert all(before[k] != tiny[k] for k in before)
     words = teacher_id(ms, ["text", "tokens"])
-    ms.tokenizer.add_tokens(["circle"])                # the same weights, other ids
+    ms.tokenizer.add_tokens(["fish"])                # the same weights, other ids
     assert [k for k, v in teacher_id(ms, ["text", "tokens"]).items() if v != words[k]] == ["tokens"]
 
 
@@ -412,7 +412,7 @@ def test_a_rounded_base_is_the_same_teacher(whole, pairs):
     assert len(open_cache(whole, half)) == 7
     with pytest.raises(UserError, match=r"denoiser float32 \w{16}, not bfloat16 \w{16}"):
         build_cache(teacher=half, folder=pairs, **PAIRS | dict(samples=9))
-    with torch.no_grad(): half.denoiser.proj_out.bias.add_(1.)
+    with torch.no_grad(): half.denoiser.patch_out.bias.add_(1.)
     with pytest.raises(UserError, match=r"built with denoiser float32 \w{16}, not bfloat16 \w{16}: use"): open_cache(whole, half)
 
 
@@ -497,7 +497,7 @@ WRONG = [
     (dict(at_once=-1), "at_once is -1: give 0 or more"), (dict(samples=-5), "samples is -5: give 0 or more"),
     (dict(kind="samples", source=["a cat"], k=None, steps=0), "steps is 0: give 1 to 1000"),
     (dict(kind="samples", source=["a cat"], k=None, w=math.nan), "w is nan: give a number"),
-    (dict(source=World(frames=4)), r"clips of \[3, 4, 32, 32\] .* teacher.s are \[3, 8, 32, 32\]"),
+    (dict(source=World(frames=4)), r"clips of \[3, 4, 64, 64\] .* teacher.s are \[3, 8, 64, 64\]"),
     (dict(source=object()), "does not say what data it gives"), (dict(kind="text", seed=0), "a text cache has no option 'seed'"),
 ]
 

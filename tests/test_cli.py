@@ -18,7 +18,7 @@ from t2v_turbo.checkpoints import claim
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen, write_video
 from t2v_turbo.evaluate import Sampler, evaluate
-from t2v_turbo.judges import load_judges
+from t2v_turbo.judges import held_captions, load_judges
 from t2v_turbo.options import options_of
 from t2v_turbo.pipeline import sample_teacher
 from t2v_turbo.recipes import STARTS
@@ -30,7 +30,6 @@ from t2v_turbo.teachers.folders import load_teacher as load_any
 from t2v_turbo.teachers.published import layer_shapes, load_unet, with_w_projection
 from t2v_turbo.teachers.tiny import WEIGHTS, load_teacher, save_teacher
 from t2v_turbo.watch import WatchOptions
-from t2v_turbo.world import caption, combos
 
 
 def refused(capsys, *argv):
@@ -75,7 +74,7 @@ def test_data_folder(capsys, tmp_path):
     assert "empty" in call(empty)
     lonely = tmp_path / "lonely"; lonely.mkdir()
     write_video(lonely / "here.mp4", torch.rand(3, 8, 32, 32))
-    (lonely / "captions.csv").write_text("file,caption\nhere.mp4,noise\ngone.mp4,a red circle moving left\n")
+    (lonely / "captions.csv").write_text("file,caption\nhere.mp4,noise\ngone.mp4,a red fish moving left in the sea\n")
     assert "gone.mp4" in call(lonely)
     assert not (tmp_path / "o").exists()
 
@@ -95,7 +94,7 @@ def test_truncated_checkpoint(capsys, tmp_path):
 
 def test_student_of_another_teacher(capsys, tmp_path):
     other = load_teacher("tiny")
-    with torch.no_grad(): other.denoiser.proj_out.weight.mul_(2)
+    with torch.no_grad(): other.denoiser.patch_out.weight.mul_(2)
     save_teacher(other, tmp_path / "teacher")
     student = load_student(WEIGHTS / "tiny-cd"); save_student(student, tmp_path / "student")
     meta = tmp_path / "student" / "student.json"
@@ -107,9 +106,9 @@ def test_evaluate_loads_the_teacher_of_the_student(tmp_path):
     "Its row is that of `tiny-flow`, and not that of `tiny`"
     flow, rows = load_any("tiny-flow"), tmp_path / "rows.json"
     save_student(Student(flow, 2), tmp_path / "student")
-    assert main(["evaluate", "--student", str(tmp_path / "student"), "--steps", "1", "--repeats", "1", "--out", str(rows)]) == 0
-    got, judges, prompts = json.loads(rows.read_text())[0], load_judges(), [caption(*a) for a in combos("heldout").tolist()]
-    row = lambda t: evaluate(Sampler("teacher", 1, 2, lambda p, seed: sample_teacher(t, p, make_gen(seed), 1, 2.)), prompts, judges, repeats=1)
+    assert main(["evaluate", "--student", str(tmp_path / "student"), "--steps", "2", "--w", "2", "--repeats", "1", "--out", str(rows)]) == 0   # in one step they are the same
+    got, judges, prompts = json.loads(rows.read_text())[0], load_judges(), held_captions()
+    row = lambda t: evaluate(Sampler("teacher", 2, 4, lambda p, seed: sample_teacher(t, p, make_gen(seed), 2, 2.)), prompts, judges, repeats=1)
     flow, tiny = row(load_any("tiny-flow")), row(load_teacher("tiny"))
     assert got["motion_amount"] == pytest.approx(flow["motion_amount"]) and got["motion_amount"] != pytest.approx(tiny["motion_amount"], rel=.01)
 
@@ -119,7 +118,7 @@ def test_who_is_compared_is_where_the_student_is(monkeypatch):
     loaded = []
     monkeypatch.setattr(folders, "load_teacher", lambda *a, **how: loaded.append(how) or load_any(*a, **how))
     who = running.samplers(load_student(WEIGHTS / "tiny-cd").to("meta"), running.DistillOptions(), WatchOptions())
-    assert {s.model: s.sample(["a red circle moving left"], 0).device.type for s in who} == dict(teacher="meta", cd="meta", turbo="meta")
+    assert {s.model: s.sample(["a red fish moving left in the sea"], 0).device.type for s in who} == dict(teacher="meta", cd="meta", turbo="meta")
     running.samplers(Student(load_any("tiny-flow", dtype=torch.bfloat16), 2), running.DistillOptions(), WatchOptions())
     assert [how["dtype"] for how in loaded] == [torch.float32, torch.bfloat16]
 
@@ -129,7 +128,7 @@ def test_captions_that_the_text_cache_lacks(capsys, tmp_path):
     assert main(["cache", "text", str(tmp_path / "texts"), "--samples", "8"]) == 0
     capsys.readouterr()
     told = refused(capsys, "distill", "--texts", tmp_path / "texts", "--steps", "1", "--out", tmp_path / "o")
-    assert "12 captions to look at, such as 'a red circle moving left', are not in the text cache" in told and told.endswith("or give --eval_every 0")
+    assert f"12 captions to look at, such as {held_captions(1)[0]!r}, are not in the text cache" in told and told.endswith("or give --eval_every 0")
     assert not (tmp_path / "o").exists()
 
 
@@ -145,8 +144,8 @@ def test_texts_that_are_no_cache_of_texts(capsys, tmp_path):
 
 
 def test_long_prompt_is_reported(tmp_path, capsys):
-    long = "a red circle moving left and then right again"
-    with pytest.warns(UserWarning, match="was cut to 'a red circle moving left"):
+    long = "a red fish moving left in the sea and then right again"
+    with pytest.warns(UserWarning, match="was cut to 'a red fish moving left in the sea"):
         assert main(["sample", "--prompt", long, "--out", str(tmp_path), "--steps", "1"]) == 0
 
 
@@ -283,7 +282,7 @@ def test_paths_and_numbers_that_cannot_be_meant(capsys, tmp_path):
     assert "give another path" in refused(capsys, "cache", "text", tmp_path / "file" / "c", "--samples", "4")
     assert "w is nan: give a number" in refused(capsys, "sample", "--w", "nan")
     assert "give 0 to 2^63 - 1" in refused(capsys, "sample", "--seed", 10**20)
-    (tmp_path / "p.txt").write_text("a red circle moving left\n")
+    (tmp_path / "p.txt").write_text("a red fish moving left in the sea\n")
     for name, v in dict(frames=-1, height=-8, batch=0, rank=-1, gpu="nan", tflops=-1).items():
         assert f"{name} is {float(v) if name in ('gpu', 'tflops') else v}: give " in refused(capsys, "plan", f"--{name}", v)
     assert "steps is 0: give 1 to 1000" in refused(capsys, "cache", "samples", tmp_path / "c", "--steps", 0, "--data", tmp_path / "p.txt")
@@ -292,7 +291,7 @@ def test_paths_and_numbers_that_cannot_be_meant(capsys, tmp_path):
     for verb, name in (("distill", "student_w"), ("distill", "teacher_w"), ("evaluate", "w"), ("generate", "w")):
         assert f"{name} is nan: give" in refused(capsys, verb, f"--{name}", "nan", "--out", tmp_path / "o")
     assert "/proc/x cannot be used" in refused(capsys, "cache", "text", "/proc/x/y", "--samples", 4)
-    assert "cannot be used (Not a directory): give another path" in refused(capsys, "pretrain", "--out", tmp_path / "file" / "w")
+    assert "(Not a directory): choose another --out" in refused(capsys, "pretrain", "--out", tmp_path / "file" / "w")
 
 
 def test_weights_that_are_none(capsys, tmp_path):

@@ -37,7 +37,7 @@ def test_vbench_score(tmp_path, capsys):
 
 
 def test_generate(tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("a red circle moving left\na blue cross growing\n")
+    (tmp_path / "p.txt").write_text("a red fish moving left in the sea\na blue cat growing in the meadow\n")
     call = ["generate", "--suite", "evalcrafter", "--prompts", str(tmp_path / "p.txt")]
     assert main([*call, "--out", str(tmp_path / "s"), "--steps", "1"]) == 0
     assert main([*call, "--out", str(tmp_path / "t"), "--teacher", "tiny", "--steps", "2"]) == 0
@@ -46,7 +46,7 @@ def test_generate(tmp_path, capsys):
     assert main(["generate", "--prompts", str(tmp_path / "no")]) == 2
     assert main([*call, "--steps", "20"]) == 2 and main([*call, "--student", "x", "--teacher", "tiny"]) == 2
     assert main(["generate"]) == 2
-    assert [p.caption for p in find_pairs(tmp_path / "s", tmp_path / "t")] == ["a red circle moving left", "a blue cross growing"]
+    assert [p.caption for p in find_pairs(tmp_path / "s", tmp_path / "t")] == ["a red fish moving left in the sea", "a blue cat growing in the meadow"]
 
 
 def test_rate(tmp_path, capsys):
@@ -73,16 +73,16 @@ def test_rate(tmp_path, capsys):
 
 def test_rate_takes_the_folders_of_sample(tmp_path, capsys):
     "Prompts that no file name can hold come back from `videos.csv`; another prompt joins it; another table is kept"
-    texts = ["a red circle moving left", 'a "blue" cross, growing/shrinking', "a green square 66"]
+    texts = ["a red fish moving left in the sea", 'a "blue" cat, growing/shrinking', "a green car 66"]
     (tmp_path / "p.txt").write_text("\n".join(texts))
     for out, steps in (("a", "1"), ("b", "2")):
         assert main(["sample", "--prompts", str(tmp_path / "p.txt"), "--steps", steps, "--out", str(tmp_path / out)]) == 0
     a, b = tmp_path / "a", tmp_path / "b"
     assert [p.caption for p in find_pairs(a, b)] == texts
     assert main(["rate", "make", str(a), str(b), str(tmp_path / "s.html")]) == 0 and "3 pairs" in capsys.readouterr().out
-    assert main(["sample", "--prompt", "a purple circle growing", "--seed", "7", "--steps", "1", "--out", str(a)]) == 0
+    assert main(["sample", "--prompt", "a purple fish growing in the sea", "--seed", "7", "--steps", "1", "--out", str(a)]) == 0
     rows = list(csv.DictReader(open(a / "videos.csv", newline="")))
-    assert [(r["prompt"], r["seed"]) for r in rows] == [*zip(texts, "012"), ("a purple circle growing", "7")]
+    assert [(r["prompt"], r["seed"]) for r in rows] == [*zip(texts, "012"), ("a purple fish growing in the sea", "7")]
     assert sorted(r["file"] for r in rows) == sorted(p.name for p in a.glob("*.mp4"))
     (b / "videos.csv").write_text("id,url\n1,x\n")
     assert main(["sample", "--student", "none", "--out", str(b)]) == 2

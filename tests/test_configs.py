@@ -133,7 +133,7 @@ def test_corrupt_members_are_reported_by_the_process_that_did_not_read_them(ddp,
     assert [Path(g["name"]).name for g in gone] == ["mute", "text", "torn.mp4"]
     last, = (x for x in ddp[1].splitlines() if x.startswith(f"3 clips were left out, as {ddp[0]}/left_out.json lists: "))
     assert all(g["why"] in last for g in gone)
-    source = Shards(tars, 8, (32, 32), 8, seed=2)
+    source = Shards(tars, 8, (64, 64), 8, seed=2)
     torn = [i for i in range(len(source)) if "torn" in source.name(i)]
     who = [k for step in range(4) for k in range(2) if {i for _, i in source.picks(step, 4, slice(2*k, 2*k + 2))} & set(torn)]
     assert who == [1], "the main process reads it itself: give the data another order"
@@ -179,7 +179,7 @@ def test_slurm_script(tmp_path, ddp, tars):
 
 def test_fsdp2_trains_the_same_student_and_resumes(tmp_path, ddp, one, tars):
     "The denoiser is cut up over two processes; a look needs both; its checkpoint is resumed by two processes and by one"
-    (tmp_path / "prompts.txt").write_text("a red circle moving left\na blue square moving up\n")
+    (tmp_path / "prompts.txt").write_text("a red fish moving left in the sea\na blue car moving up in the desert\n")
     args = ["--data", tars, "--out", tmp_path / "o", *RUN, "--prompts", tmp_path / "prompts.txt", "--eval_every", "2"]
     assert "the denoiser sharded over them" in launch("fsdp2", *args)[0]
     mine, his = check_agree(tmp_path / "o", one, ddp[0])

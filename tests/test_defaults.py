@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import t2v_turbo
-from t2v_turbo import cli, config, running, train
+from t2v_turbo import cli, config, judges, running, train
 from t2v_turbo.cli import main, read
 from t2v_turbo.config import check_rewards, lr_at, objective_of
 from t2v_turbo.core import write_video
 from t2v_turbo.distill import Objective
 from t2v_turbo.files import UserError
+from t2v_turbo.judges import held_captions
 from t2v_turbo.preparing import CacheOptions, PlanOptions
 from t2v_turbo.saved import save_student
 from t2v_turbo.standins import tiny_modelscope, tiny_wan
@@ -23,6 +24,7 @@ from t2v_turbo.student import Student
 from t2v_turbo.suites import by_teacher
 from t2v_turbo.teachers import folders
 from t2v_turbo.teachers.folders import DEFAULTS, Defaults, defaults_of, in_tiny_world, load_teacher
+from t2v_turbo.teachers.tiny import save_teacher
 from t2v_turbo.teachers.wan import save_wan
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.using import GenerateOptions, SampleOptions, sampled_as
@@ -37,7 +39,7 @@ def at(tmp_path_factory):
     for n in ("ms", "vc2"): tiny_modelscope(at / n)
     (at / "vc2/teacher.json").write_text(json.dumps(dict(kind="videocrafter2", frames=16, fps=16)))
     save_wan(tiny_wan(), at / "wan")
-    load_teacher("tiny-flow"); save_wan(load_teacher("tiny-flow"), at / "flow")
+    save_teacher(load_teacher("tiny-flow"), at / "flow")
     return at
 
 
@@ -65,14 +67,15 @@ def test_the_command_and_python_train_alike(at, kind):
 
 @pytest.mark.parametrize("option, value, says", [("out", "", "out is empty"), ("w_max", "inf", "w range .1.0, inf. is empty, negative or infinite"),
                                                  ("huber_c", "nan", "huber_c is nan"), ("huber_c", "-1", "huber_c is -1"), ("huber_c", "0", "huber_c is 0"),
-                                                 ("warmup", "500", "warmup is 500 but the run has 500 steps"), ("warmup", "-1", "warmup is -1"), ("rank", "-1", "rank is -1"),
+                                                 ("warmup", "200", "warmup is 200 but the run has 200 steps"), ("warmup", "-1", "warmup is -1"), ("rank", "-1", "rank is -1"),
                                                  ("lora_dropout", "1", "give a probability in"), ("lora_dropout", "nan", "give a probability in")])
 def test_settings_that_cannot_be_meant(option, value, says):
     with pytest.raises(UserError, match=says): told(f"--{option}", value)
 
 
-def test_a_bare_objective_is_the_tiny_teachers():
-    assert Objective() == Config().objective and Config() == Config(teacher="tiny-flow", out="runs/turbo").__class__()
+def test_a_bare_run_takes_the_tiny_teachers():
+    "A bare `Objective` holds settings for small examples"
+    assert Config().objective == objective_of("tiny") != Objective() and replace(Config(teacher="tiny-flow"), teacher="tiny") == Config()
 
 
 def test_of_a_model_on_the_hub_one_small_file_is_fetched(at, monkeypatch):
@@ -94,7 +97,7 @@ def test_an_installed_package_may_bring_defaults(at, monkeypatch):
     load.defaults = dict(w_min=1., w_max=9., guidance=6.)
     assert Config(teacher=str(at / "strange")).objective.w_max == 9. and defaults_of(str(at / "strange")).lr == DEFAULTS["videocrafter2"].lr
     load.defaults = dict(learning_rate=1.)
-    with pytest.raises(UserError, match=r"offers unknown defaults \(learning_rate\): it may set lr,"): defaults_of(str(at / "strange"))
+    with pytest.raises(UserError, match=r"offers unknown defaults \(learning_rate\): it may set steps, lr,"): defaults_of(str(at / "strange"))
 
 
 @pytest.mark.parametrize("more, says", [([], "beta_img is 1 and beta_vid is 2, but teacher {!r} has no image and no video reward: add --reward hpsv2.1=1,internvideo2=1 or --beta_img 0 --beta_vid 0"),
@@ -129,10 +132,10 @@ def clips(folder, text):
 def test_words_that_a_tiny_reward_does_not_know(tmp_path):
     cfg = lambda text, **more: Config(out=str(tmp_path / "o"), batch=1, rank=1, track="", data=clips(tmp_path / text.split()[-1], text), **more)
     with pytest.warns(UserWarning, match=r"reward tiny-image and tiny-video does not know 2 words of the captions in .*\(cello, plays\)"):
-        Trainer(cfg("a circle plays cello"))
+        Trainer(cfg("a fish plays cello"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Trainer(cfg("a red circle moving left"))
+        Trainer(cfg("a red fish moving left in the sea"))
         Trainer(cfg("a dog sleeping", objective=Objective(beta_img=0., beta_vid=0.)))
 
 
@@ -156,7 +159,8 @@ def test_one_guidance_for_a_teacher(at, monkeypatch):
     seen = []
     monkeypatch.setattr(suites, "sample_teacher", lambda t, prompts, gen, steps, w: seen.append(w) or torch.zeros(1))
     for who in ("tiny", "tiny-flow", name(at, "ms"), name(at, "wan")): by_teacher(load_teacher(who))(["a"], [0])
-    assert seen == [2., 2., 7.5, 5.]
+    own = DEFAULTS["tiny"].guidance
+    assert seen == [own, own, 7.5, 5.]
     made = {}
     monkeypatch.setattr("t2v_turbo.data.build.build_cache", lambda *a, **how: made.update(how))
     assert main(["cache", "samples", "c", "--teacher", name(at, "ms"), "--data", ""]) == 0 and made["w"] == 7.5
@@ -185,6 +189,7 @@ def test_the_best_look_is_what_is_reported(tmp_path, monkeypatch, capsys):
     def stopped(*args): real(*args); return 1
     monkeypatch.setattr(watching, "watch", stopped)
     monkeypatch.setattr(watching, "keep_best", lambda trainer, step: kept.append(step), raising=False)
+    monkeypatch.setattr(judges, "held_captions", lambda: held_captions(4))
     got = running.distill(Config(out=str(tmp_path), steps=2, batch=1, rank=1, track=""), running.DistillOptions(repeats=1), watching.WatchOptions(eval_every=0))
     assert kept == [1] and [r["model"] for r in got["rows"]] == ["teacher", "cd", "turbo, best look at step 1"]
     assert "turbo, best look at step 1" in Path(got["results"]).read_text() and "best look at step 1" in Path(got["report"]).read_text()

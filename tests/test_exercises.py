@@ -11,9 +11,9 @@ import pytest
 from notebooks import flags, source
 
 NBS = Path(__file__).resolve().parents[1] / "nbs"
-METHOD = sorted(p for p in NBS.glob("*.ipynb") if re.match(r"0\d_|1[0-4]_", p.name) and p.name != "02_explore.ipynb")
+METHOD = sorted(p for p in NBS.glob("*.ipynb") if re.match(r"0\d_|1[0-8]_", p.name) and p.name != "02_explore.ipynb")
 FOLDED = re.compile(r"<details><summary>Solution</summary>\n\n```python\n(.*)\n```\n\n</details>", flags=re.S)
-BEFORE = {"14_first_student": "teacher = load_teacher()"}         # of the notebook, beside its imports
+BEFORE = {"16_first_student": "teacher = load_teacher()"}         # of the notebook, beside its imports
 
 
 def exercises(nb):
@@ -85,7 +85,7 @@ def test_the_check_knows_right_from_wrong(nb, k, reader):
 
 
 def test_every_notebook_of_the_method_has_exercises():
-    assert len(METHOD) == 14
+    assert len(METHOD) == 18
     count = {nb.stem: len(list(exercises(nb))) for nb in METHOD}
     assert all(1 <= n <= 3 for n in count.values()), count
     for nb in METHOD:
@@ -96,11 +96,11 @@ def test_every_notebook_of_the_method_has_exercises():
 
 def test_wrong_answers_that_come_to_mind(reader):
     "The sign of the rewards, the order of the LoRA product, guidance the other way round, DDIM with the noise of t"
-    wrong = {"13_distill": "def total(cd, R_img, R_vid, beta_img, beta_vid): return cd + beta_img*objective(R_img) + beta_vid*objective(R_vid)",
-             "12_student": "def folded(W, A, B, scale): return W + B@A",
+    wrong = {"15_distill": "def total(cd, R_img, R_vid, beta_img, beta_vid): return cd + beta_img*objective(R_img) + beta_vid*objective(R_vid)",
+             "14_student": "def folded(W, A, B, scale): return W + B@A",
              "05_solver": "def my_guide(cond, uncond, w): return uncond + w*(cond - uncond)",
              "01_core": "def my_frames(clip): return clip.transpose(1, 2).flatten(0, 1).flip(0)",
-             "10_rewards": "def slope(R): return torch.sigmoid(R)"}
+             "12_rewards": "def slope(R): return torch.sigmoid(R)"}
     for stem, code in wrong.items():
         nb = NBS / f"{stem}.ipynb"
         name = re.match(r"def (\w+)", code)[1]

@@ -225,24 +225,24 @@ def test_levels(visit):
         for i in range(3): assert_drawn(page, d["sheet"], i, 3*at + i)
         for i, name in ((1, "x0"), (2, "f")): assert abs(read(page, name) - d["parts"][i]["distance"][at]) < 1e-3
     assert d["parts"][1]["distance"][-1] > 3*d["parts"][1]["distance"][0]
-    page = visit("levels", only="zt", t=559)
+    page = visit("levels", only="zt", t=599)
     assert page.locator("canvas").count() == 1 and page.locator("output[data-name=f]").count() == 0
 
 
 def test_players(visit):
     page, d = visit("players", context=CALM), stored("players")
     assert d["models"][:3] == ["teacher, 50 steps", "teacher, 4 steps", "plain CD, 4 steps"] and len(d["models"]) >= 4
-    for caption, seed in ((0, 0), (2, 1), (3, 2)):
+    for caption, seed in ((0, 0), (2, 1), (3, 0)):
         choose(page, "caption", index=caption)
         choose(page, "seed", index=seed)
-        to(page, "frame", f"{2 + seed} of {d['sheet']['frames']}")
+        to(page, "frame", f"{2 + caption} of {d['sheet']['frames']}")
         for i in range(len(d["models"])):
             clip = (i*len(d["captions"]) + caption)*len(d["seeds"]) + seed
             assert_drawn(page, d["sheet"], i, clip)
             assert abs(read(page, f"m{i}") - d["scores"][clip]) < 1e-3
             assert d["captions"][caption] in page.locator("canvas").nth(i).get_attribute("aria-label")
     frames = page.locator("canvas").evaluate_all("cs => cs.map(c => c.dataset.frame)")
-    assert set(frames) == {"3"}
+    assert set(frames) == {"4"}
 
 
 def test_players_play_in_step(visit):
@@ -287,12 +287,13 @@ def test_guidance(visit):
 def test_the_ablation(visit):
     page, d = visit("ablation", context=CALM), stored("ablation")
     rows = read_table(NBS / "ablation.csv")
-    for x, y in ((0, 0), (.25, 4), (4, 0), (1, 1)):
-        to(page, "beta_img", f"{x:g}")
-        to(page, "beta_vid", f"{y:g}")
+    xs, ys = d["values"]
+    for x, y in dict.fromkeys(((xs[0], ys[0]), (xs[-1], ys[-1]), (xs[-1], ys[0]), (xs[len(xs) // 2], ys[len(ys) // 2]))):
+        if len(xs) > 1: to(page, "beta_img", f"{x:g}")
+        if len(ys) > 1: to(page, "beta_vid", f"{y:g}")
         for c in d["columns"]:
-            mean, spread, _ = by_setting(rows, ("beta_img", "beta_vid"), c)[x, y]
-            assert abs(read(page, c) - mean) < 1e-3 and abs(read(page, c, 1) - spread) < 6e-3
+            mean, spread, n = by_setting(rows, ("beta_img", "beta_vid"), c)[x, y]
+            assert abs(read(page, c) - mean) < 1e-3 and abs(read(page, c, 1) - (spread if n > 1 else 0)) < 6e-3
         clip = d["values"][0].index(x)*len(d["values"][1]) + d["values"][1].index(y)
         for i in range(len(d["captions"])): assert_drawn(page, d["sheet"], i, clip*len(d["captions"]) + i)
 
@@ -300,7 +301,7 @@ def test_the_ablation(visit):
 def test_the_stored_numbers_are_those_of_the_shipped_student():
     "New weights need new files: bench/explorables.py"
     cd, judges, d = load_student(WEIGHTS / "tiny-cd"), load_judges(), stored("players")
-    clips = sample_student(cd, d["captions"], make_gen(d["seeds"][1]), 4, 2.)
+    clips = sample_student(cd, d["captions"], make_gen(d["seeds"][1]), 4)
     got, i = judge_score(judges, clips, d["captions"]), d["models"].index("plain CD, 4 steps")
     want = torch.tensor(d["scores"]).view(len(d["models"]), len(d["captions"]), len(d["seeds"]))[i, :, 1]
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
@@ -406,5 +407,5 @@ def test_stored_outputs_hold_the_place_only():
 
 def test_pages_stay_light():
     sizes = {n: (NBS / f"explore/{n}.js").stat().st_size/1000 for n in ("explore", "levels", "players", "guidance", "ablation")}
-    assert max(sizes.values()) < 150 and sum(sizes.values()) < 500, sizes
+    assert max(sizes.values()) < 215 and sum(sizes.values()) < 850, sizes
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", (NBS / "explore/explore.js").read_text(encoding="utf-8"))

@@ -280,7 +280,7 @@ def test_no_banned_import_and_no_unsafe_loading(py):
 
 
 def test_the_package_and_its_mathematics_do_without_diffusers():
-    light = ("core", "schedule", "gaussian", "solver", "consistency", "world")
+    light = ("core", "schedule", "gaussian", "solver", "consistency", "sprites", "world")
     names = ["t2v_turbo"] + [f"t2v_turbo.{m}" for m in light if (LIB / f"{m}.py").exists()]
     check = "; assert 'diffusers' not in sys.modules, '{0} imports diffusers'"
     python("; ".join(["import sys", *(("import {0}" + check).format(m) for m in names)]), ROOT)

@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 
 import t2v_turbo
 
-PATH = Path(t2v_turbo.__file__).resolve().parents[1] / "nbs" / "90_ablation.ipynb"
+PATH = Path(t2v_turbo.__file__).resolve().parents[1] / "nbs" / "98_ablation.ipynb"
 
 
 @pytest.mark.skipif(not PATH.is_file(), reason="the notebooks are not here")

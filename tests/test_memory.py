@@ -1,7 +1,9 @@
 "Checkpointing, precision, optimisers and compilation: the same gradient, the same student, fewer bytes"
 import copy
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ def moved(teacher, rank=4):
 def inputs(student):
     teacher = student.teacher
     z = torch.randn(1, *teacher.latent_shape, generator=make_gen(1))
-    return z, torch.tensor([499]), teacher.encode_text(["a red circle moving left"]), torch.tensor([3.])
+    return z, torch.tensor([499]), teacher.encode_text(["a red fish moving left in the sea"]), torch.tensor([3.])
 
 
 def gradient(student, frames=(0, 2)):
@@ -191,7 +193,7 @@ def test_bfloat16_below_float32(kind, teacher_of, tmp_path):
     assert {p.dtype for p in half.trainable().values()} == {torch.float32}
     frozen = {n: p.dtype for n, p in half.teacher.denoiser.named_parameters() if not p.requires_grad}
     own = [n for n, d in frozen.items() if d == torch.float32]
-    assert half.teacher.denoiser.dtype == torch.bfloat16 and (not own if kind == "unet" else
+    assert half.teacher.denoiser.dtype == torch.bfloat16 and (not own if kind != "wan" else
            own and all(any(k in n for k in ("time_embedder", "scale_shift", "norm")) for n in own))
     (a, g), (b, h) = gradient(full), gradient(half)
     assert b.dtype == torch.float32 and {v.dtype for v in h.values()} == {torch.float32}
@@ -298,17 +300,29 @@ def test_compiled_adapters_toggle(teacher_of):
     assert not hasattr(student.merged(), "_compiled_call_impl") or student.merged()._compiled_call_impl is None
 
 
-def test_compilation_that_fails(teacher_of):
-    teacher = teacher_of("wan")
-    args = inputs(moved(teacher_of("wan")))[:3]
-    with torch.no_grad(): plain = teacher.denoise(*args)
-    def broken(graph, inputs): raise RuntimeError("no compiler here")
-    compile_denoiser(teacher, backend=broken)
-    with torch.no_grad(), pytest.warns(UserWarning, match="torch.compile failed .*no compiler here.* going on without"):
-        assert_close(teacher.denoise(*args), plain, rtol=0, atol=0)
-    with torch.no_grad(): assert_close(teacher.denoise(*args), plain, rtol=0, atol=0)
-    compile_denoiser(teacher, backend=broken)
-    with torch.no_grad(), pytest.raises(UserError): teacher.denoise(args[0][:, :3], *args[1:])       # the caller's own mistake
+FAILS = """
+import sys
+import pytest, torch
+from torch.testing import assert_close
+sys.path.insert(0, sys.argv[1])
+from test_memory import compile_denoiser, inputs, moved
+from t2v_turbo.standins import tiny_wan
+teacher, args = tiny_wan(), inputs(moved(tiny_wan()))[:3]
+with torch.no_grad(): plain = teacher.denoise(*args)
+def broken(graph, inputs): raise RuntimeError("no compiler here")
+compile_denoiser(teacher, backend=broken)
+with torch.no_grad(), pytest.warns(UserWarning, match="torch.compile failed .*no compiler here.* going on without"):
+    assert_close(teacher.denoise(*args), plain, rtol=0, atol=0)
+with torch.no_grad(): assert_close(teacher.denoise(*args), plain, rtol=0, atol=0)
+compile_denoiser(teacher, backend=broken)
+with torch.no_grad(), pytest.raises(RuntimeError, match="to have 16 channels"): teacher.denoise(args[0][:, :3], *args[1:])       # the caller's own mistake
+"""
+
+
+def test_compilation_that_fails():
+    "In a process of its own: it leaves a process in which a plan counts an activation more"
+    run = subprocess.run([sys.executable, "-c", FAILS, str(Path(__file__).parent)], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_a_copy_is_not_compiled(teacher_of):

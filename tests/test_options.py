@@ -12,6 +12,7 @@ from t2v_turbo.files import UserError, typed
 from t2v_turbo.options import MISSING, Option, declared, located, objects_of, options_of, taken_from
 from t2v_turbo.preparing import CacheOptions, ConvertLora, PlanOptions
 from t2v_turbo.running import DistillOptions, read_config
+from t2v_turbo.teachers.folders import DEFAULTS
 from t2v_turbo.train import Config
 from t2v_turbo.using import EvaluateOptions, GenerateOptions, SampleOptions
 
@@ -125,7 +126,7 @@ def test_help_stands_in_groups_with_choices_and_defaults(capsys):
     assert titles == ["options", "start from", "what to train on", "objective", "optimisation", "memory", "judging", "files"]
     text = " ".join(out.split())
     assert "--shape {log_sigmoid,raw}" in text and "--compile, --no-compile torch.compile the denoiser (default: off)" in text
-    assert "(default: the teacher's; tiny 3.0, modelscope 15.0, videocrafter2 15.0, wan 6.0)" in text
+    assert f"(default: the teacher's; tiny {DEFAULTS['tiny'].w_max}, modelscope 15.0, videocrafter2 15.0, wan 6.0)" in text
 
 
 @pytest.mark.parametrize("make, says", [(lambda: SampleOptions(steps="3"), "steps is '3': give a whole number"), (lambda: SampleOptions(w="x"), "w is 'x': give a number"),

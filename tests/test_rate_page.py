@@ -19,7 +19,7 @@ EVIL = '<img src=x onerror="document.title=1"></script><script>document.title=2<
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    here, attrs = tmp_path_factory.mktemp("study"), combos("heldout")[::3]
+    here, attrs = tmp_path_factory.mktemp("study"), combos("heldout")[::170]
     for model, seed in (("a", 0), ("b", 1)):
         (here / model).mkdir()
         for i, (clip, at) in enumerate(zip(render(attrs, make_gen(seed), 8), attrs.tolist())):
@@ -44,7 +44,7 @@ def one_pair(here, *frames):
     for model, n in zip("ab", frames):
         (here / model).mkdir()
         write_video(here / model / "0.mp4", render(combos("heldout")[:1], make_gen(0), n)[0])
-        (here / model / "0.txt").write_text("a circle")
+        (here / model / "0.txt").write_text("a fish")
     return make_page(find_pairs(here / "a", here / "b"), here / "study.html")[0]
 
 

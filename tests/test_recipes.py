@@ -121,7 +121,7 @@ def layouts(tmp_path_factory):
     for i, (clip, caption) in enumerate(zip(*World("train", 0, 33, 32).batch(0, 2))):
         write_video(at / f"clips/{i}.mp4", clip, 8)
         (at / f"clips/{i}.txt").write_text(caption)
-    (at / "prompts.txt").write_text("a red circle moving left\na blue square moving up\n")
+    (at / "prompts.txt").write_text("a red fish moving left in the sea\na blue car moving up in the desert\n")
     return at
 
 
@@ -138,7 +138,7 @@ def test_two_steps_of_a_recipe_in_small(name, layouts, tmp_path):
     rows = [json.loads(l) for l in (tmp_path / "o/log.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and all(r["loss"] is not None and (kind == "tiny" or r["r_img"] and r["r_vid"]) for r in rows)
     config = json.loads((tmp_path / "o/student/student.json").read_text())["about"]["config"]
-    assert {k: config[k] for k in ("lr", "lr_schedule")} == dict(lr=1e-3 if kind == "tiny" else 1e-5, lr_schedule="linear" if kind == "tiny" else "constant")
+    assert {k: config[k] for k in ("lr", "lr_schedule")} == dict(lr=DEFAULTS["tiny"].lr if kind == "tiny" else 1e-5, lr_schedule=DEFAULTS["tiny"].lr_schedule if kind == "tiny" else "constant")
     assert kind == "tiny" or (config["objective"]["image_frames"], config["objective"]["video_frames"], config["objective"]["shape"]) == (6, 8, "raw")
 
 
@@ -152,7 +152,7 @@ def test_a_recipe_of_lora_refuses_full_fine_tuning(capsys, tmp_path):
 
 def test_prompts_alone(tmp_path, capsys):
     "Teacher's samples, cached, then distilled by one command; again, it only goes on; other settings are one sentence"
-    (tmp_path / "p.txt").write_text("a red circle moving left\na blue square moving up\n")
+    (tmp_path / "p.txt").write_text("a red fish moving left in the sea\na blue car moving up in the desert\n")
     words = ["distill", "--data", tmp_path / "p.txt", "--teacher_steps", 2, "--samples", 4, *FEW, "--out", tmp_path / "o"]
     assert main(list(map(str, words))) == 0
     made = {p: p.stat().st_mtime_ns for d in ("latents", "texts") for p in (tmp_path / "o" / d).iterdir()}
@@ -193,7 +193,7 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "a"
     with pytest.MonkeyPatch.context() as m:
         m.setattr(running, "report", lambda *_: {})
-        assert main(["distill", *FEW, "--w_max", "4", "--seed", "3", "--match_official", "--out", str(out)]) == 0
+        assert main(["distill", *FEW, "--w_max", "5", "--seed", "3", "--match_official", "--out", str(out)]) == 0
     return out
 
 
@@ -201,7 +201,7 @@ def test_a_run_notes_every_option(run):
     held = json.loads((run / "settings.json").read_text())
     assert held["command"] == "distill" and held["settings"].keys() == OPTIONS["distill"].keys()
     got = {n: held["settings"][n] for n in ("steps", "w_max", "seed", "match_official", "shape", "beta_vid", "repeats", "track")}
-    assert got == dict(steps=2, w_max=4., seed=3, match_official=True, shape="log_sigmoid", beta_vid=1., repeats=1, track="")
+    assert got == dict(steps=2, w_max=5., seed=3, match_official=True, shape="log_sigmoid", beta_vid=.02, repeats=1, track="")
 
 
 def test_settings_given_back_train_the_same_student(run, tmp_path):
@@ -224,7 +224,7 @@ def test_the_folder_of_a_run_is_not_taken_over(run, capsys):
 
 def test_flags_win_over_the_file(run):
     got = values("distill", "--config", run, "--out", "x", "--seed", "7", "--no-match_official")
-    assert (got["seed"], got["match_official"], got["w_max"], got["out"]) == (7, False, 4., "x")
+    assert (got["seed"], got["match_official"], got["w_max"], got["out"]) == (7, False, 5., "x")
 
 
 @pytest.mark.parametrize("text, says", [("{", "is not a JSON object: give --config the settings.json of a run"), ("[1]", "is not a JSON object"),

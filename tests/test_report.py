@@ -27,7 +27,7 @@ from t2v_turbo.standins import tiny_modelscope
 from t2v_turbo.train import Config, Objective, Trainer
 from t2v_turbo.watch import WatchOptions, evidence, hacked, watch
 
-CAPTIONS = ["a red circle moving left", "a blue square moving up"]
+CAPTIONS = ["a red fish moving left in the sea", "a blue car moving up in the desert"]
 KILLED = """
 import os, signal, sys
 from t2v_turbo.cli import main
@@ -296,8 +296,8 @@ def test_charts_by_hand():
     c, = charts_of(rows, [])
     assert c["title"] == "Loss" and [n["name"] for n in c["lines"]] == ["loss", "consistency loss"] and c["lines"][1]["numbers"] == [1., 1., None, 1., 1.]
     assert c["x"] == [58, 146, 234, 322, 410] and c["lines"][1]["path"].count("M") == 2          # a gap
-    judged, = charts_of([], [dict(step=i, shape=1., clean=0.) for i in (0, 50)])
-    assert [n["name"] for n in judged["lines"]] == ["shape", "clean"]                            # a judge's zero is a result
+    judged, = charts_of([], [dict(step=i, noun=1., look=0.) for i in (0, 50)])
+    assert [n["name"] for n in judged["lines"]] == ["noun", "look"]                            # a judge's zero is a result
     many = [dict(step=i, loss=1. + i) for i in range(10_000)]
     big = chart(PANELS[0], many)
     assert len(big["steps"]) == 600 and (big["steps"][0], big["steps"][-1]) == (0, 9999) and big["log"] and big["lines"][0]["mean"]

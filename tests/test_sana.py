@@ -43,7 +43,7 @@ def stock(folder):
 
 
 def test_as_short_as_promised():
-    notebook = json.loads((Path(__file__).parents[1] / "nbs/24_sana.ipynb").read_text())
+    notebook = json.loads((Path(__file__).parents[1] / "nbs/27_sana.ipynb").read_text())
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     lines = [l for s in cells if s.startswith("#| export") for l in s.splitlines() if l.strip() and not l.lstrip().startswith("#")]
     assert 50 < len(lines) <= 100 and max(map(len, lines)) <= 100
@@ -185,7 +185,7 @@ def test_half_precision_spares_gemma(folder, teacher, dtype):
 def test_commands(folder, tmp_path, monkeypatch):
     "Two steps; clips; the student again, as a pipeline and as a saved pipeline; another teacher is refused"
     monkeypatch.chdir(tmp_path)
-    small = ["--reward", "tiny-image,tiny-video", "--frames", "9", "--height", "32", "--width", "32", "--video_frames", "2", "--image_frames", "1"]
+    small = ["--reward", "tiny-image,tiny-video", "--frames", "9", "--height", "32", "--width", "32", "--image_frames", "1"]
     assert main(["distill", "--teacher", str(folder), *small, "--rank", "2", "--batch", "1", "--steps", "2", "--eval_every", "0", "--track", "",
                  "--vocabulary", "", "--out", "run"]) == 0
     assert main(["sample", "--student", "run/student", "--prompt", "a cat", "--dtype", "bfloat16", "--out", "videos"]) == 0

@@ -5,14 +5,19 @@ import pytest
 from t2v_turbo.files import UserError
 from t2v_turbo.stats import (
     bootstrap,
+    detectable,
     half_width,
+    holm,
     interval,
     krippendorff,
     over_prompts,
+    p_value,
     paired,
     prompts_needed,
     redraw,
     share_interval,
+    together,
+    two_spreads,
     verdict,
     wilson,
 )
@@ -83,3 +88,27 @@ def test_agreement_by_krippendorffs_own_example():
     coders = ["1 2 3 3 2 1 4 1 2 . . .", "1 2 3 3 2 2 4 1 2 5 . 3", ". 3 3 3 2 3 4 2 2 5 1 .", "1 2 3 3 2 4 4 1 2 5 1 ."]
     units = list(zip(*(c.split() for c in coders)))
     assert krippendorff([[u.count(str(v)) for v in range(1, 6)] for u in units]) == pytest.approx(.743, abs=5e-4)
+
+
+def test_many_comparisons():
+    "Holm by its definition, on p-values in any order; `together` gives them to the verdicts"
+    from scipy import stats
+    rng = np.random.default_rng(0)
+    p = rng.random(9)**3
+    by_hand = [max(min(1, (9 - k) * q) for k, q in enumerate(sorted(p)) if q <= v) for v in p]
+    assert holm(p) == pytest.approx(by_hand) and (holm(p) >= p).all()
+    a, b = rng.normal(size=(2, 5))
+    assert p_value(a, b) == pytest.approx(stats.ttest_rel(a, b).pvalue)
+    same, far = (a, a), (a + 3 + b / 100, a)
+    assert [v[4] for v in together([same, far])] == ["not told apart", "agrees"] and together([far] * 40)[0][3] == pytest.approx(min(1, 40 * p_value(*far)))
+
+
+def test_power_and_spreads():
+    "As often as promised, by simulation; a student that is judged twice tells its two kinds of luck apart"
+    rng = np.random.default_rng(1)
+    seen = [p_value(rng.normal(detectable(2., 5), 2., 5), np.zeros(5)) < .05 for _ in range(4000)]
+    assert np.mean(seen) == pytest.approx(.8, abs=.03)
+    students = rng.normal(size=(2000, 5)) * .3
+    parts = [two_spreads(s + rng.normal(size=5) * .1, s + rng.normal(size=5) * .1) for s in students]
+    training, judging = (np.mean(np.square(v))**.5 for v in zip(*parts))
+    assert training == pytest.approx(.3, abs=.02) and judging == pytest.approx(.1, abs=.005)

@@ -133,9 +133,9 @@ def test_write_and_read_back(tmp_path, real):
         assert {m.mtime for m in tar} == {0}
     again = write_shards(clips, tmp_path / "again", per_shard=4)
     assert [t.read_bytes() for t in tars] == [t.read_bytes() for t in again]
-    got = Shards(tmp_path / "out", frames=8, size=(32, 32))
+    got = Shards(tmp_path / "out", frames=8, size=(64, 64))
     back = {c: x for x, c in zip(*got.batch(0, 6))}
-    for x, c in clips[:5]: assert (back[c] - x).abs().mean() < .005
+    for x, c in clips[:5]: assert (back[c] - x).abs().mean() < .02
 
 
 def test_write_a_folder_shuffled(tmp_path, cuts):
@@ -173,7 +173,7 @@ def test_webdataset_reads_what_we_write(tmp_path, cuts):
     rows = list(wds.WebDataset([str(t) for t in tars], shardshuffle=False))
     assert [r["__key__"] for r in rows] == [f"{i:08d}" for i in range(5)]
     assert [r["txt"].decode() for r in rows] == [c for _, c in clips]
-    for r, (x, _) in zip(rows, clips): assert (read_clip(io.BytesIO(r["mp4"]), 8, (32, 32), 8, make_gen(0)) - x).abs().mean() < .02
+    for r, (x, _) in zip(rows, clips): assert (read_clip(io.BytesIO(r["mp4"]), 8, (64, 64), 8, make_gen(0)) - x).abs().mean() < .02
 
 
 def test_we_read_what_webdataset_writes(tmp_path, cuts):

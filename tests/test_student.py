@@ -31,7 +31,7 @@ from t2v_turbo.saved import (
 from t2v_turbo.standins import tiny_modelscope, tiny_wan
 from t2v_turbo.student import Student, fold_lora
 from t2v_turbo.teachers import loading
-from t2v_turbo.teachers.folders import load_teacher
+from t2v_turbo.teachers.folders import DEFAULTS, load_teacher
 from t2v_turbo.teachers.loading import PEFT, load_part, load_streamed, tensors_in
 from t2v_turbo.teachers.published import convert_lora, layer_shapes, load_unet, with_w_projection
 from t2v_turbo.teachers.tiny import WEIGHTS, TinyVideoDenoiser
@@ -132,7 +132,8 @@ def test_sampling_follows_from_the_objective(at, objective, want):
 def test_each_teacher_has_its_guidance(at, tmp_path):
     save_wan(tiny_wan(), tmp_path/"wan")
     guidance = {n: own_sampling(Student(load_teacher(n), 1))["w"] for n in ("tiny", "tiny-flow", at/"ms", tmp_path/"wan")}
-    assert list(guidance.values()) == [2., 2., 7.5, 5.]
+    own = DEFAULTS["tiny"].guidance
+    assert list(guidance.values()) == [own, own, 7.5, 5.]
 
 
 def test_a_run_is_sampled_as_it_was_trained(tmp_path):
@@ -148,10 +149,10 @@ def test_a_run_is_sampled_as_it_was_trained(tmp_path):
         student, pipe, seen = load_student(folder), T2VTurboPipeline.from_pretrained(folder), []
         assert student.sampling == want
         assert (pipe.config.steps, pipe.config.guidance_scale, pipe.config.origin_steps) == (4, 4., 10)
-        one = pipe("a red circle", generator=make_gen(0), output_type="pt", callback_on_step_end=lambda p, i, t, k: seen.append(t)).frames
+        one = pipe("a red fish", generator=make_gen(0), output_type="pt", callback_on_step_end=lambda p, i, t, k: seen.append(t)).frames
         assert seen == [999, 799, 599, 399]
-        torch.testing.assert_close(sample_student(student, ["a red circle"], make_gen(0)), one.transpose(1, 2), rtol=1e-3, atol=1e-3)
-        other = sample_student(student, ["a red circle"], make_gen(0), w=0.)
+        torch.testing.assert_close(sample_student(student, ["a red fish"], make_gen(0)), one.transpose(1, 2), rtol=1e-3, atol=1e-3)
+        other = sample_student(student, ["a red fish"], make_gen(0), w=0.)
         assert (other - one.transpose(1, 2)).abs().max() > 1e-3
         with pytest.raises(UserError, match="has 10 timesteps: give 1 to 10"): sample_student(student, ["a"], make_gen(0), 11)
         with pytest.raises(UserError, match="has 10 timesteps"): pipe("a", 11)
@@ -163,7 +164,7 @@ def test_a_run_is_sampled_as_it_was_trained(tmp_path):
 
 
 def test_the_shipped_student():
-    assert load_student(WEIGHTS/"tiny-cd").sampling == dict(steps=4, w=2., origin=50, fps=8)
+    assert load_student(WEIGHTS/"tiny-cd").sampling == dict(steps=4, w=2.5, origin=20, fps=8)
 
 
 # --- damaged and mistaken folders --------------------------------------------------------------------

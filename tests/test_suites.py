@@ -38,13 +38,13 @@ def test_fetched_by_hash(tmp_path, monkeypatch, capsys):
     "Through the command; nothing is left of a text that is not the published one"
     from t2v_turbo import suites
     from t2v_turbo.cli import main
-    web = tmp_path / "prompt700.txt"; web.write_text("a red circle moving left\n")
+    web = tmp_path / "prompt700.txt"; web.write_text("a red fish moving left in the sea\n")
     sha = hashlib.sha256(web.read_bytes()).hexdigest()
     assert all(len(s) == 64 and "/main/" not in url and url.startswith("https://") for url, s in suites.PUBLISHED.values())
     call = lambda o: main(["generate", "--suite", "evalcrafter", "--prompts", "fetch", "--out", str(tmp_path / o)])
     monkeypatch.setitem(suites.PUBLISHED, "evalcrafter", (web.as_uri(), sha))
     assert call("a") == 0 and (tmp_path / "a" / "prompt700.txt").read_bytes() == web.read_bytes()
-    web.write_text("a blue circle moving left\n")
+    web.write_text("a blue fish moving left in the sea\n")
     assert call("a") == 0, "the copy that is there is used"
     assert call("b") == 2 and "is not the published text" in capsys.readouterr().err and not (tmp_path / "b").exists()
     monkeypatch.setitem(suites.PUBLISHED, "evalcrafter", ((tmp_path / "none").as_uri(), sha))
@@ -198,7 +198,7 @@ def test_two_processes_make_the_same_videos(tmp_path):
 
 def test_student_alone_or_in_a_batch():
     sample = by_student(T2VTurboPipeline.from_pretrained(WEIGHTS / "tiny-cd"), steps=2)
-    prompts, seeds = ["a red circle moving left", "a blue cross growing"], [5, 6]
+    prompts, seeds = ["a red fish moving left in the sea", "a blue cat growing in the meadow"], [5, 6]
     both = sample(prompts, seeds)
     assert both.shape[:3] == (2, 3, 8)
     torch.testing.assert_close(sample(prompts[1:], seeds[1:]), both[1:], atol=1e-4, rtol=0)
@@ -213,7 +213,7 @@ def test_models_start_from_the_same_noise(monkeypatch):
             seen.append(z.clone()); return forward(z, *args, **kw)
         monkeypatch.setattr(den, "forward", first)
     spy(teacher.denoiser); spy(pipe.denoiser)
-    by_teacher(teacher, steps=1)(["a red circle moving left"], [7])
+    by_teacher(teacher, steps=1)(["a red fish moving left in the sea"], [7])
     at = len(seen)
-    by_student(pipe, steps=1)(["a red circle moving left"], [7])
+    by_student(pipe, steps=1)(["a red fish moving left in the sea"], [7])
     torch.testing.assert_close(seen[0][:1], seen[at][:1])

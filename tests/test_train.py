@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import t2v_turbo.precision as precision
 from t2v_turbo import train
 from t2v_turbo.checkpoints import CannotSave
+from t2v_turbo.config import objective_of
 from t2v_turbo.core import make_gen
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.data.cache import TextCache
@@ -148,30 +149,14 @@ def test_dropout_drops_in_training_alone(tmp_path):
             for q in t.params: q.add_(.02 * torch.randn(q.shape, generator=make_gen(0)))
         t.step = step
         row, z = t.backward(read=t.source.batch(0, 4)), torch.zeros(1, *t.student.teacher.latent_shape)
-        ctx = t.student.teacher.encode_text(["a red circle moving left"])
+        ctx = t.student.teacher.encode_text(["a red fish moving left in the sea"])
         return row["loss"], torch.cat([q.grad.flatten() for q in t.params]), t.student(z + 1, torch.tensor([500]), ctx, torch.ones(1)).detach()
     (l0, g0, x0), (l1, g1, x1), (l2, g2, _), (l3, _, _) = grads(0.), grads(.1), grads(.1, 2), grads(.1, step=1)
     assert l0 != l1 and l1 != l3 and torch.equal(x0, x1)
     assert abs(l1 - l2) < 1e-5 and (g1 - g2).norm() < 1e-4 * g1.norm() and (g1 - g0).norm() > 1e-3 * g0.norm()
 
 
-TWO_STEPS = """
-import json, os, sys
-if os.environ.get("ACCELERATE_USE_FSDP"): sys.path.insert(0, sys.argv[3]); import cpu_fsdp
-import torch
-from t2v_turbo import train
-from t2v_turbo.distill import Objective
-from t2v_turbo.saved import whole
-from t2v_turbo.train import Config, Trainer
-made = train.make_student
-def moved(*args):                          # away from B = 0, before anything is sharded
-    student, gen = made(*args), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in student.trainable().values(): p.add_(.02 * torch.randn(p.shape, generator=gen))
-    return student
-train.make_student = moved
-where, more = sys.argv[1], json.loads(sys.argv[2])
-t = Trainer(Config(out=where, steps=2, batch=2, seed=3, lr=1e-4, track="", objective=Objective(beta_vid=0.), **more))
+TWO_STEPS = launching.MOVED + """t = Trainer(Config(out=where, steps=2, batch=2, seed=3, lr=1e-4, track="", objective=Objective(beta_vid=0.), **more))
 rows = [dict(row) for row in t.fit()]
 params = [whole(p.detach()) for p in t.params]
 if t.accelerator.is_main_process:
@@ -208,8 +193,8 @@ def test_a_full_student_leaves_its_folder_as_any_other(tmp_path):
     assert sorted(p.name for p in (tmp_path / "o/student").iterdir()) == ["denoiser.safetensors", "student.json"]
     pipe = T2VTurboPipeline.from_pretrained(tmp_path / "o/student")
     pipe.set_progress_bar_config(disable=True)
-    want = sample_student(t.student, ["a red circle moving left"], make_gen(1))
-    got = pipe("a red circle moving left", generator=make_gen(1), output_type="pt").frames
+    want = sample_student(t.student, ["a red fish moving left in the sea"], make_gen(1))
+    got = pipe("a red fish moving left in the sea", generator=make_gen(1), output_type="pt").frames
     torch.testing.assert_close(got.movedim(1, 2), want, rtol=1e-3, atol=1e-3)
     pipe.save_pretrained(tmp_path / "pipe")
     again = T2VTurboPipeline.from_pretrained(tmp_path / "pipe")
@@ -237,6 +222,7 @@ CACHED = """
 import sys, torch
 from dataclasses import replace
 from t2v_turbo import train
+from t2v_turbo.config import objective_of
 from t2v_turbo.data.build import build_cache
 from t2v_turbo.data.cache import open_cache
 from t2v_turbo.data.recipes import dice
@@ -244,8 +230,8 @@ from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Trainer
 from t2v_turbo.world import World
 d, teacher, where = sys.argv[1], load_teacher("tiny"), dict(batch=4, progress=False)
-build_cache("latents", teacher, World("train", 0, 8, 32), f"{d}/lat", 8, shard=1, dtype="float32", **where)
-build_cache("text", teacher, World("train", 0, 8, 32), f"{d}/txt", 8, dtype="float32", **where)
+build_cache("latents", teacher, World(), f"{d}/lat", 8, shard=1, dtype="float32", **where)
+build_cache("text", teacher, World(), f"{d}/txt", 8, dtype="float32", **where)
 build_cache("pairs", teacher, open_cache(f"{d}/lat"), f"{d}/pairs", shard=1, dtype="float32", **where)
 draw = train.draw
 def drawn(cfg, shape, gen):                                # a cache of answers has numbers of its own: every step gets those
@@ -253,7 +239,7 @@ def drawn(cfg, shape, gen):                                # a cache of answers 
     return replace(draw(cfg, shape, gen), noise=noise, index=index)
 train.draw = drawn
 def step(**more):
-    t = Trainer(Config(out=f"{d}/out", batch=4, rank=4, track="", **more))
+    t = Trainer(Config(out=f"{d}/out", batch=4, rank=4, track="", objective=objective_of("tiny", k=20), **more))
     with torch.no_grad():
         gen = torch.Generator().manual_seed(0)
         for p in t.params: p.add_(.02 * torch.randn(p.shape, generator=gen))
@@ -300,7 +286,7 @@ def test_the_null_prompt_is_encoded_once(tmp_path, monkeypatch, where):
     "Three steps in two pieces of two clips: the empty prompt is asked for by one call of two, and what trains is the same to the bit"
     more = dict(steps=3, batch=4, accumulate=2, rank=2, track="", objective=Objective(beta_img=0., beta_vid=0.))
     if where == "cache":
-        prompts = [p for i in range(3) for p in open_source("", 8, (32, 32), 8).batch(i, 4)[1]]
+        prompts = [p for i in range(3) for p in open_source("", 8, (64, 64), 8).batch(i, 4)[1]]
         build_cache("text", load_teacher("tiny"), prompts, tmp_path / "txt", dtype="float32", progress=False)
         more["texts"] = str(tmp_path / "txt")
     asked, rows = Asked(), []
@@ -339,7 +325,7 @@ SIZES = dict(modelscope=4*16*32*32, videocrafter2=4*16*40*64, wan=16*21*60*104) 
 def gradients(t, factor=1.):
     "Of a loss that is multiplied by `factor`, and divided by it again: by anyone's own `backward`"
     z = torch.randn(1, *t.student.teacher.video_shape, generator=make_gen(1)).sigmoid()
-    out = t.terms(z, ["a red circle moving left"], draw(t.cfg.objective, (1, *t.student.teacher.latent_shape), make_gen(0)))
+    out = t.terms(z, ["a red fish moving left in the sea"], draw(t.cfg.objective, (1, *t.student.teacher.latent_shape), make_gen(0)))
     got = {}
     for name, n in dict(SIZES, own=math.prod(t.student.teacher.latent_shape)).items():
         small = min(1., math.prod(t.student.teacher.latent_shape) / n)
@@ -414,7 +400,7 @@ from t2v_turbo import precision
 from t2v_turbo.train import Config, Objective, Trainer
 out, stop = sys.argv[1], int(sys.argv[2])
 precision.START, precision.GROWTH = 2.**20, 2                  # too high for a reward in float16, which has no numbers above 65504
-t = Trainer(Config(out=out, steps=9, batch=4, rank=2, save_every=1, max_skipped=2, dtype="float16", track="", objective=Objective(beta_vid=0.)))
+t = Trainer(Config(out=out, steps=10, batch=4, rank=2, save_every=1, max_skipped=2, dtype="float16", track="", objective=Objective(beta_vid=0.)))
 t.resume()
 for row in t.fit():
     if row["step"] == stop: os._exit(9)                        # as if killed
@@ -439,7 +425,7 @@ def test_float16_with_overflows_goes_on_to_the_bit(tmp_path, processes):
         scale *= .5 if r["grad_norm"] is None else 1 if calm else 2
     assert over[:3] == [True] * 3 and not all(over) and any(b["scale"] > a["scale"] for a, b in zip(rows, rows[1:])), rows
     assert (down := sum(over)) == rows[-1]["skipped"]
-    states = [torch.load(tmp_path / d / "checkpoints" / "step-00000009.pt", weights_only=True) for d in ("whole", "cut")]
+    states = [torch.load(tmp_path / d / "checkpoints" / "step-00000010.pt", weights_only=True) for d in ("whole", "cut")]
     assert states[0]["scale"] == states[1]["scale"] and states[0]["skipped"] == down
     for part in ("params", "optimizer"):
         a, b = (tree_leaves(s[part]) for s in states)
@@ -519,7 +505,7 @@ def as_before(state):
     "The checkpoint as the version before wrote it: no format, and settings that were no options yet"
     del state["format"], state["identity"], state["scale"], state["clips"]
     for n in ("lr_schedule", "mix", "missing", "variant"): del state["config"][n]
-    del state["config"]["objective"]["window"]; state["config"]["objective"]["video_frames"] = 4
+    del state["config"]["objective"]["window"]; state["config"]["objective"]["video_frames"] = 8
 
 
 def test_a_checkpoint_of_the_version_before(tmp_path):
@@ -530,8 +516,8 @@ def test_a_checkpoint_of_the_version_before(tmp_path):
     store = t.store; state = store.load(1); as_before(state); store.save(1, state)
     with pytest.raises(UserError, match="step-00000001.pt' is of an earlier version, which drew the noise of each step from other seeds: finish this run "
                                         "with the version that began it, and there is no earlier one"): make(2).resume()
-    assert make(1).resume() and make(1, objective=Objective(video_frames=4)).resume()      # what 0, the default, comes to
-    for more in (dict(lr_schedule="constant"), dict(objective=Objective(video_frames=8)), dict(objective=Objective(window=8))):
+    assert make(1).resume() and make(1, objective=objective_of("tiny", video_frames=8)).resume()      # what 0, the default, comes to
+    for more in (dict(lr_schedule="constant"), dict(objective=objective_of("tiny", image_frames=1)), dict(objective=objective_of("tiny", window=8))):
         with pytest.raises(UserError, match="made with other settings"): make(1, **more).resume()
     state["format"] = 99; store.save(1, state)
     with pytest.raises(UserError, match="is of a later version .*: update the package"): make(1).resume()

@@ -24,8 +24,9 @@ import loras
 import pytest
 import torch
 
-from t2v_turbo import cli
+from t2v_turbo import cli, judges, watch
 from t2v_turbo.core import make_gen, write_video
+from t2v_turbo.judges import held_captions
 from t2v_turbo.standins import tiny_videocrafter2
 from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.teachers.videocrafter2 import PREFIXES
@@ -229,9 +230,10 @@ def report_of(folder):
     assert (folder / "report.html").is_file() and (folder / "student/student.json").is_file()
 
 
-def test_the_main_job(tmp_path):
+def test_the_main_job(tmp_path, monkeypatch):
     "Alone, and behind the README's launcher on two processes: only its length, its judging and the number of processes differ from the page"
-    paste(on("distil_tiny", "t2v-turbo distill --steps"), tmp_path, **SMALL)
+    for m in (judges, watch): monkeypatch.setattr(m, "held_captions", lambda n=4: held_captions(4))
+    paste(on("distil_tiny", "t2v-turbo distill --out"), tmp_path, **SMALL)
     report_of(tmp_path / "runs/turbo")
     launcher = on("index", "accelerate launch", ["text"]).replace("--num_processes 8", "--num_processes 2")
     paste(launcher, tmp_path, **SMALL | dict(out="runs/two"))

@@ -14,7 +14,7 @@ from t2v_turbo.rewards import names, viclip
 from t2v_turbo.rewards import videoprism as prism
 
 each = pytest.mark.parametrize("name", rc.VIDEO)
-each_and_tiny = pytest.mark.parametrize("name", [*rc.VIDEO, "tiny-video"])
+each_and_tiny = pytest.mark.parametrize("name", [*rc.VIDEO, "tiny-video", "tiny-tube"])
 
 
 # --- every video reward --------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def test_bf16(name):
     x = rc.clips(rm, 3)
     got = rc.build(name, torch.bfloat16)(x, rc.PROMPTS)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, rm(x, rc.PROMPTS), rtol=0, atol=.3 if name == "tiny-video" else .05)
+    torch.testing.assert_close(got, rm(x, rc.PROMPTS), rtol=0, atol=.3 if name in rc.TINY else .05)
 
 
 @each_and_tiny
@@ -67,11 +67,21 @@ def test_nothing_trains_but_the_pixels(name):
     assert not any(p.requires_grad or p.grad is not None for p in rm.parameters())
 
 
-@each_and_tiny
+@each
 def test_a_long_prompt_is_reported_with_its_cut(name):
     rm = rc.build(name)
     told = rc.warned(lambda: rm(rc.clips(rm), ["a " * 80, "a dog"]))
     assert len(told) == 1 and f"takes {rm.facts.tokens}" in told[0]
+
+
+@pytest.mark.parametrize("name", ["tiny-video", "tiny-tube"])
+@torch.no_grad()
+def test_a_tiny_reward_reads_a_prompt_to_its_end(name):
+    "Its words count wherever they stand, nothing is cut, and others add nothing"
+    rm = rc.build(name)
+    x, found = rc.clips(rm), []
+    told = rc.warned(lambda: found.extend(rm(x, [p]*2) for p in ("so " * 80 + "red fish", "red fish", "so")))
+    assert not told and torch.equal(found[0], found[1]) and (found[1] - found[2]).abs().min() > .1
 
 
 @each

@@ -1,12 +1,10 @@
 "Linear flow and Wan: closed forms, the real classes in small, one step of the recipe, and the way back to stock diffusers"
-import itertools
 import json
 import shutil
 
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
@@ -18,11 +16,10 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import CLIPTextModel
 
 from t2v_turbo.cli import main
 from t2v_turbo.consistency import consistency_fn, few_step_grid, few_step_sample, w_embedding
-from t2v_turbo.core import make_gen
+from t2v_turbo.core import expand_to, make_gen
 from t2v_turbo.distill import Distillation, Objective, draw
 from t2v_turbo.files import UserError
 from t2v_turbo.gaussian import Gaussian
@@ -33,9 +30,9 @@ from t2v_turbo.schedule import Schedule
 from t2v_turbo.solver import DDIM, ddim_sample, ddim_step
 from t2v_turbo.standins import tiny_wan, tiny_wan22
 from t2v_turbo.student import Student
-from t2v_turbo.teachers.base import Teacher
 from t2v_turbo.teachers.folders import defaults_of, load_teacher
-from t2v_turbo.teachers.tiny import tiny_text_encoder, tiny_tokenizer, tiny_vae
+from t2v_turbo.teachers.networks import ANGLES, TinyFlowDenoiser, flow_angle
+from t2v_turbo.teachers.tiny import WEIGHTS, save_teacher, shared_with
 from t2v_turbo.teachers.wan import (
     Flow,
     FlowTeacher,
@@ -48,7 +45,6 @@ from t2v_turbo.teachers.wan import (
     save_wan_lora,
     stock_scheduler,
     wan_lora,
-    with_places,
 )
 
 SHIFTS = pytest.mark.parametrize("shift", [1., 3., 5.])
@@ -183,14 +179,6 @@ def test_guided_wan_is_its_parent_plus_w():
                 net.condition_embedder.time_embedder.linear_2.bias + net.cond_proj(w[i]))
             assert_close(stock(z, t, ctx).sample[i], heard[i], atol=1e-5, rtol=0)
         assert_close(net(z, t, ctx).sample, want, atol=0, rtol=0)          # the hook is gone
-
-
-def test_places_are_an_input_of_their_own():
-    x = with_places(torch.zeros(2, 4, 8, 8, 6), 4 + 8 + 4 + 3, (1, 2, 2))
-    for t, h, w in itertools.product(range(8), range(8), range(6)):
-        assert x[1, 4:, t, h, w].nonzero().flatten().tolist() == [t, 8 + h // 2, 12 + w // 2]
-    assert x[:, 4:].sum() == 2 * 3 * 8 * 8 * 6
-    with pytest.raises(UserError, match="keep to the size"): with_places(torch.zeros(1, 4, 8, 8, 8), 19, (1, 2, 2))
 
 
 # ---- VAE and text
@@ -337,35 +325,36 @@ def test_folder_round_trip(tmp_path):
     assert half.decode(half.encode(torch.rand(1, *half.video_shape))).dtype == torch.float32
 
 
-def tiny_flow():
-    "A flow teacher in the layout of the tiny world, random"
-    torch.manual_seed(0)
-    net = guided_wan(WanTransformer3DModel(num_attention_heads=2, attention_head_dim=12, in_channels=20, out_channels=4,
-                                           text_dim=64, freq_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=16))
-    return FlowTeacher("tiny-flow", net, tiny_vae(), tiny_text_encoder(), tiny_tokenizer(), flow_scheduler(5.), 8, 8)
-
-
 def test_flow_teacher_of_the_tiny_world(tmp_path):
-    teacher = tiny_flow()
-    again = load_wan(save_wan(teacher, tmp_path / "flow", half=True))
-    assert type(again) is FlowTeacher and isinstance(again, Teacher) and isinstance(again.schedule, Flow)
-    assert again.video_shape == (3, 8, 32, 32) and again.latent_shape == (4, 8, 8, 8)
-    assert_close(again.schedule.shift, 5., atol=1e-4, rtol=0)
-    z, ctx = torch.randn(1, 4, 8, 8, 8, generator=make_gen(0)), teacher.encode_text(["a red circle moving left"])
-    for a, b in zip(again.denoise(z, full(1, 700), ctx), teacher.denoise(z, full(1, 700), ctx)): assert_close(a, b, atol=2e-3, rtol=0)
-    assert type(again.vae) is AutoencoderKL and type(again.text_encoder) is CLIPTextModel
-    student = Student(again, 4)
-    save_student(student, tmp_path / "student")
-    assert load_student(tmp_path / "student", load_wan(tmp_path / "flow")).rank == 4
-    assert sample_student(student, ["a red circle moving left"], make_gen(0), 4).shape == (1, 3, 8, 32, 32)
+    "Its weights are those of `tiny`; a saved copy is a complete folder"
+    teacher, tiny = load_teacher("tiny-flow"), load_teacher("tiny")
+    assert not (WEIGHTS / "tiny-flow/vae").exists() and shared_with(WEIGHTS / "tiny-flow") == WEIGHTS / "tiny"
+    for k, v in tiny.denoiser.state_dict().items(): assert torch.equal(teacher.denoiser.state_dict()[k], v)
+    assert teacher.fingerprint() != tiny.fingerprint()                    # the same weights, but read in another way
+    save_teacher(teacher, tmp_path / "flow")
+    again = load_teacher(tmp_path / "flow")
+    assert type(again) is FlowTeacher and isinstance(again.schedule, Flow) and type(again.denoiser) is TinyFlowDenoiser
+    assert again.fingerprint() == teacher.fingerprint() and again.video_shape == (3, 8, 64, 64)
+    z, ctx = torch.randn(1, *again.latent_shape, generator=make_gen(0)), again.encode_text(["a red fish moving left in the sea"])
+    for a, b in zip(again.denoise(z, full(1, 700), ctx), teacher.denoise(z, full(1, 700), ctx)): assert_close(a, b)
+    save_student(Student(again, 4), tmp_path / "student")
+    student = load_student(tmp_path / "student", load_teacher(tmp_path / "flow"))
+    assert sample_student(student, ["a red fish moving left in the sea"], make_gen(0), 4).shape == (1, 3, 8, 64, 64)
+    with pytest.raises(UserError, match="belongs to another teacher"): load_student(tmp_path / "student", tiny)
 
 
-def test_sizes_that_the_places_of_the_tiny_flow_cannot_take(tmp_path):
-    save_wan(tiny_flow(), tmp_path / "flow")
-    with pytest.raises(UserError, match="nearest is 32x24"): load_wan(tmp_path / "flow", size=(35, 24))
-    assert load_wan(tmp_path / "flow", size=(40, 24)).latent_shape == (4, 8, 10, 6)       # as many places
-    with pytest.raises(UserError, match="keep to the size it was trained at"): load_wan(tmp_path / "flow", size=(64, 64))
-    with pytest.raises(UserError, match="keep to the size it was trained at"): load_wan(tmp_path / "flow", frames=9)
+def test_both_readings_have_the_same_paths():
+    "At equal angles x0 of the flow is that of the VP teacher, so that their ODE paths are the same"
+    flow, tiny = load_teacher("tiny-flow"), load_teacher("tiny")
+    ctx, t = tiny.encode_text(["a blue car bouncing by the wall"]*4), torch.tensor([19, 499, 899, 998])
+    z, phi = torch.randn(4, *tiny.latent_shape, generator=make_gen(0)), ANGLES[t]
+    time = phi.sin() / (phi.sin() + phi.cos())                            # tan(phi) = time / (1 - time)
+    s = expand_to(flow_angle(time)[1], z)
+    with torch.no_grad():
+        u = flow.denoiser(z*s, 1000*time, ctx).sample
+        x0, noise = tiny.denoise(z, t, ctx)
+    assert_close(z*s - expand_to(time, z)*u, x0, atol=1e-3, rtol=0)
+    assert_close(u, noise - x0, atol=1e-3, rtol=0)
 
 
 def test_a_transformer_of_images_is_refused(tmp_path):
@@ -512,7 +501,7 @@ def test_lora_of_wan22_in_the_stock_pipeline(wan22, tmp_path):
 def test_wan22_is_distilled_by_the_commands(wan22, tmp_path, monkeypatch, capsys):
     "Two steps, four-step clips, the same student again; the student of another teacher is refused"
     monkeypatch.chdir(tmp_path)
-    small = ["--reward", "tiny-image,tiny-video", "--frames", "9", "--height", "64", "--width", "64", "--video_frames", "2", "--image_frames", "1"]
+    small = ["--reward", "tiny-image,tiny-video", "--frames", "9", "--height", "64", "--width", "64", "--image_frames", "1"]
     assert main(["distill", "--teacher", str(wan22), *small, "--rank", "2", "--batch", "1", "--steps", "2", "--eval_every", "0", "--track", "",
                  "--vocabulary", "", "--out", "run"]) == 0
     student = load_student("run/student")

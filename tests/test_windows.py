@@ -110,7 +110,7 @@ def test_keys_are_not_made_of_one_another_and_stay_on_the_cpu():
 @pytest.mark.parametrize("other", [make_gen(3), *(step_gen(3, 7, s) for s in ("clips", "order", "mix", "dice", "samples", "looks")),
                                    step_gen(3, 8, "noise"), step_gen(4, 7, "noise")])
 def test_noise_of_a_step_is_not_what_others_draw(other):
-    shape = (2, 4, 8, 8, 8)
+    shape = (2, 16, 8, 8, 8)
     first, noise = torch.randn(3*4096, generator=other), draw(Objective(), shape, step_gen(3, 7, "noise")).noise.flatten()
     assert not torch.isin(noise, first).float().mean() > .01
     assert_close(noise.std(), torch.ones(()), atol=.05, rtol=0)

@@ -26,7 +26,7 @@ from t2v_turbo.vbench import aggregate, published, read_results, score_table
 from t2v_turbo.watch import Watcher, WatchOptions, watch
 from t2v_turbo.world import World
 
-PROMPTS = ["a red circle moving left", "a green cross growing"]
+PROMPTS = ["a red fish moving left in the sea", "a green cat growing in the meadow"]
 
 
 def steady(frames: Tensor, prompts: list[str]) -> Tensor:

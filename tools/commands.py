@@ -19,12 +19,12 @@ PAGES = ROOT / "nbs/commands"
 COLUMNS = "96"                          # of the help, on these pages and in their cells
 UNITS = dict(frames="frames", height="pixels", width="pixels", fps="frames a second", image_frames="frames", video_frames="frames", window="frames",
              batch="clips", clips="clips", clips_each="clips", accumulate="pieces", mix="tars", workers="threads", samples="samples", at_once="samples",
-             steps="steps", teacher_steps="steps", teacher_look="steps", student_steps="steps", warmup="steps", save_every="steps", keep_every="steps", eval_every="steps",
+             steps="steps", teacher_steps="steps", teacher_look="steps", student_steps="steps", warmup="steps", critic_steps="updates", judge_every="steps", judge_steps="updates", save_every="steps", keep_every="steps", eval_every="steps",
              max_skipped="steps", k="timesteps", origin="timesteps", keep="checkpoints", patience="looks", jobs="students", parts="pages", repeats="clips",
              gpu="GB", view="seconds", min_seconds="seconds", tflops="TFLOPS", tol="percent points")
 OTHER = {"rate make": dict(repeats="")}                               # units that differ for a command
 LONG = 80                               # letters of a list of values that fits in a table
-PURE = "seed rank lr lora_dropout ema clip w w_min w_max teacher_w student_w huber_c beta_img beta_vid scale".split() # numbers without a unit
+PURE = "seed rank lr lora_dropout ema clip w w_min w_max teacher_w student_w huber_c beta_img beta_vid lambda_score critic_lr judge_lr scale".split() # numbers without a unit
 BADGE = ("[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/t2v-turbo/t2v_turbo/blob/main/nbs/"
          "commands/{}.ipynb) · runs in ~1 s on a CPU")
 
@@ -126,7 +126,7 @@ def overview(books):
     yield "# Commands\n\n> Every command of `t2v-turbo`, a page for each with its options"
     rows = [f"| [`{v.name}`]({page_of(v.name)}.ipynb) | {v.help} |" for v in VERBS]
     parents = "\n".join(f"- `{p}`: {told}" for p, told in PARENTS.items())
-    yield ("`t2v-turbo VERB --help` prints the same as these pages. The declarations are in [notebook 89](../89_cli.ipynb).\n\n".replace("79", books["cli"][:2]).replace(books["cli"][:2] + "_cli.ipynb", books["cli"])
+    yield ("`t2v-turbo VERB --help` prints the same as these pages. The declarations are in [notebook 97](../97_cli.ipynb).\n\n".replace("79", books["cli"][:2]).replace(books["cli"][:2] + "_cli.ipynb", books["cli"])
            + "| command | purpose |\n| --- | --- |\n" + "\n".join(rows) + "\n\n" + BADGE.format("overview"))
     yield f"## Groups\n\nCommands of two words belong together:\n\n{parents}"
     yield "## Help\n\nThe same text in a terminal."

@@ -1,9 +1,12 @@
 """Execute notebooks and keep their outputs: `python tools/execute.py NOTEBOOK ... [--figures] [--clean]`
 
-Figures are drawn in the one style of nbs/matplotlibrc, as SVG where that is small. Progress bars and widgets, which are dead without a kernel, are not kept.
+Figures are drawn in the one style of nbs/matplotlibrc, as SVG where that is small; in an SVG, a picture of many colours is stored as JPEG.
+Progress bars and widgets, which are dead without a kernel, are not kept. Cells marked `#| eval: false` are not run and keep no outputs.
 `--figures` keeps only the new figures, and every other output as it was. `--clean` executes nothing: it drops the bars and widgets that are stored.
 """
 import argparse
+import base64
+import io
 import json
 import os
 import re
@@ -15,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 SVG, PNG, WIDGET = "image/svg+xml", "image/png", "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"\d+%\|")                          # tqdm's
-LARGEST = 120_000                                    # letters of a drawing; what has more is kept as pixels
+LARGEST = 160_000                                    # letters of a drawing; what has more, and more than half of its pixels' letters, is kept as pixels
+EMBEDDED = re.compile(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)")
 
 
 def text(s): return s if isinstance(s, str) else "".join(s)
@@ -47,12 +51,24 @@ def clean(nb):
     return found
 
 
+def as_jpeg(match):
+    "An SVG's embedded PNG as JPEG, if that halves it and the picture is opaque"
+    from PIL import Image
+    png, small = base64.b64decode(match[1]), io.BytesIO()
+    with Image.open(io.BytesIO(png)) as im:
+        if im.convert("RGBA").getextrema()[3][0] < 255: return match[0]
+        im.convert("RGB").save(small, "JPEG", quality=88, subsampling=0, optimize=True)
+    if 2*len(small.getvalue()) > len(png): return match[0]
+    return "data:image/jpeg;base64,\n" + base64.b64encode(small.getvalue()).decode()
+
+
 def one_picture(o):
     "Of a figure in two formats the drawing, where it is small, without the date and the frame of a file of its own"
     data = o.get("data", {})
     if SVG not in data or PNG not in data: return o
     svg = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|\s*<metadata>.*?</metadata>", "", text(data[SVG]), flags=re.S).strip()
-    keep = {SVG: svg.splitlines(True)} if len(svg) <= LARGEST else {PNG: data[PNG]}
+    svg = EMBEDDED.sub(as_jpeg, svg)
+    keep = {SVG: svg.splitlines(True)} if len(svg) <= max(LARGEST, len(text(data[PNG])) / 2) else {PNG: data[PNG]}
     return o | dict(data={k: v for k, v in data.items() if k not in (SVG, PNG)} | keep)
 
 
@@ -72,7 +88,12 @@ def execute(path, figures=False):
     for n, c in zip(new.cells, old["cells"]):
         if n.cell_type != "code": continue
         n.outputs = []
+        if re.search(r"^#\|\s*eval:\s*false\b", n.source, flags=re.M):
+            c["outputs"] = []
+            continue
         if re.search(r"^#\|\s*(cuda|net)\b", n.source, flags=re.M) or re.search(r"^#\| hide\n# on Colab|nbdev_export\(", n.source): continue
+        if n.source.rstrip().endswith(";"):                # execnb would drop what such a cell prints
+            n.source = n.source.rstrip()[:-1] + "\nNone"
         shell.cell(n)
         if shell.exc: raise shell.exc
         made = [one_picture(k) for k in map(without_bars, json.loads(json.dumps(n.outputs))) if k]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KEPT = dict(denoiser=False, decode=0, save_rewards=False)
 SAVED = dict(denoiser=True, decode=1, save_rewards=True)
 SIZES = {                               # frames, height, width: first the teacher's own
-    "tiny": [(8, 32, 32)],
+    "tiny": [(8, 64, 64)],
     "modelscope": [(16, 256, 256), (16, 320, 512), (8, 256, 256)],
     "videocrafter2": [(16, 320, 512), (16, 256, 256), (8, 320, 512)],
     "wan2.1-1.3b": [(81, 480, 832), (33, 480, 832), (49, 480, 832)],

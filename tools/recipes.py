@@ -178,7 +178,7 @@ HEAD = """# Recipes by teacher and GPU
 > One named run for each teacher and size of GPU: command, data, memory and time by `plan`, and the paper beside it"""
 INTRO = """Each recipe is the paper's run on another GPU: the same batch, steps, rewards and frames, in pieces that fit. `t2v-turbo distill --recipe NAME` runs it, and every
 option replaces one of its settings. `pip download --no-deps open_clip_torch` brings the wheel with CLIP's vocabulary, which is neither installed nor imported.
-This page is written by `python tools/recipes.py` from the table in [notebook 83](../83_recipes.ipynb) and from `plan` ([notebook 62](../62_plan.ipynb)), which runs
+This page is written by `python tools/recipes.py` from the table in [notebook 91](../91_recipes.ipynb) and from `plan` ([notebook 68](../68_plan.ipynb)), which runs
 the step at full size on a device without memory. Full fine-tuning (`full` in the name) trains every weight beside a frozen copy of the teacher.
 
 **No recipe was run on a GPU.** Memory agrees with measurements on a CPU. Time is the number of operations, divided by 35 % of the product that the card's data

@@ -1,5 +1,5 @@
 "use strict";
-// Reward against KL with the score term's leash on and off: the picture to drag of nbs/15_leash.ipynb, in plain JavaScript.
+// Reward against KL with the score term's leash on and off: the picture to drag of nbs/17_leash.ipynb, in plain JavaScript.
 // `<div class="leash" data-k="0.88,11.04">` becomes one; data-k is the stiffness of the score term in the wide and the thin direction.
 (() => {
 const STD = [1, .1], SLOPE = [Math.SQRT1_2, Math.SQRT1_2], C = 1e-3, N = 2;
