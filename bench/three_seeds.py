@@ -5,6 +5,7 @@ the place of J = log sigmoid(R), and both with another video reward. Any number 
     python bench/three_seeds.py runs/seeds --seeds 5                      # two more seeds, another day
     python bench/three_seeds.py runs/seeds --only cd "turbo (both)"       # some of the runs; the others another time
     python bench/three_seeds.py runs/flow --teacher tiny-flow --set "w_min=2 w_max=6" --w 4
+    python bench/three_seeds.py runs/score --seeds 5 --repeats 1 --only "cd + score" "turbo + score" pushed "pushed + score"  # and the score term
     python bench/three_seeds.py runs/seeds --sample_steps 16,8,1,2 --repeats 1  # trains nothing: other numbers of steps, OUT/steps.json
     python bench/three_seeds.py runs/seeds --gather                       # trains nothing: the table of what is there
 
@@ -25,6 +26,9 @@ VARIANTS = {  # settings that differ from the teacher's own; a rival is one more
     "cd": dict(beta_img=0., beta_vid=0.), "cd + R_img": dict(beta_vid=0.), "cd + R_vid": dict(beta_img=0.), "turbo (both)": {},
     "turbo, raw R": dict(shape="raw"), "turbo, tube R": dict(reward="tiny-image=1,tiny-tube=1")}
 BOTH, RIVAL = "turbo (both)", "rival"  # the rival is trained by rival.py
+SCORE, PUSH = dict(lambda_score=1.), dict(beta_img=.2, beta_vid=.2, shape="raw")  # the score term; both rewards ten times as strong, and never satisfied
+MORE = {  # trained only if they are named
+    "cd + score": VARIANTS["cd"] | SCORE, "turbo + score": SCORE, "pushed": PUSH, "pushed + score": PUSH | SCORE}
 AGAIN = 1000  # added to a row's seed for its second evaluation
 TUNED = 48  # the first held-out captions chose betas, rates and draws, with judges of another seed; looks see them too. They are not judged here.
 SHOWN = ("a yellow fish moving right in the sea", "a pink rocket growing at night", "a blue house shrinking in the meadow", "a white cat bouncing by the wall")  # held out
@@ -40,7 +44,7 @@ def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
     p.add_argument("--seeds", type=int, default=3, help="how many"); p.add_argument("--first", type=int, default=0, help="the first of them")
-    p.add_argument("--only", nargs="*", metavar="RUN", help=f"teacher, or some of: {', '.join(VARIANTS)}; default: all")
+    p.add_argument("--only", nargs="*", metavar="RUN", help=f"teacher, or some of: {', '.join(VARIANTS | MORE)}; default: all but the last {len(MORE)}")
     p.add_argument("--teacher", default="tiny", help="tiny or tiny-flow")
     p.add_argument("--set", default="", metavar="'NAME=VALUE ..'", help="settings of every training, such as 'steps=800 beta_img=.2'")
     p.add_argument("--lr_cd", type=float, help="learning rate of plain CD; default: that of the others")
@@ -48,10 +52,11 @@ def options(argv=None):
     p.add_argument("--sweep", default="0,1,2,4", help="guidance scales tried for the 50-step teacher, with the first seed")
     p.add_argument("--captions", type=int, default=96, help="held-out captions that are judged"); p.add_argument("--repeats", type=int, default=2, help="clips of each")
     p.add_argument("--eval_every", type=int, default=50, help="steps between looks"); p.add_argument("--gather", action="store_true", help="only gather what is there")
-    p.add_argument("--sample_steps", default=[], type=lambda t: [int(n) for n in t.split(",")], metavar="N,N,..", help="only judge students that are there (cd and both), in so many steps")
+    p.add_argument("--sample_steps", default=[], type=lambda t: [int(n) for n in t.split(",")], metavar="N,N,..", help="only judge students that are there (those of --only, else cd and both), in so many steps")
     p.add_argument("--clips", action="store_true", help="when gathering, sample clips to show, too")
     a = p.parse_args(argv)
-    if odd := [v for v in a.only or () if v not in ("teacher", *VARIANTS)]: p.error(f"{odd[0]!r}: give teacher or some of {', '.join(VARIANTS)}")
+    if odd := [v for v in a.only or () if v not in ("teacher", *VARIANTS, *MORE)]: p.error(f"{odd[0]!r}: give teacher or some of {', '.join(VARIANTS | MORE)}")
+    a.stepped = [v for v in a.only or ("cd", BOTH) if v != "teacher"]
     a.only = a.only or ["teacher", *VARIANTS]
     if a.w is None:
         from t2v_turbo.teachers.folders import defaults_of
@@ -93,7 +98,7 @@ def judged(a, sampler, seed, w, again=False):
     import torch
 
     from t2v_turbo.evaluate import evaluate, print_table, progress
-    from t2v_turbo.judges import diversity, held_captions, high_frequency, load_judges, saturation
+    from t2v_turbo.judges import held_captions, high_frequency, load_judges, saturation
     from t2v_turbo.rewards.tiny import REWARD_KINDS, load_reward
     prompts, kept = held_captions(TUNED + a.captions)[TUNED:], []
     class Kept:                                                    # the same sampler, whose clips are kept as bytes
@@ -105,12 +110,10 @@ def judged(a, sampler, seed, w, again=False):
     if len(prompts) * a.repeats < sum(len(q) for q, _ in kept): kept = kept[1:]        # the one that warmed up
     mean = lambda f: round(torch.cat([f(x.float() / 255, list(q)) for q, x in kept]).mean().item(), 4)
     with torch.no_grad(): rewards = {n: mean(load_reward(n)) for n in REWARD_KINDS}
-    everything, said = torch.cat([x for _, x in kept]).float() / 255, [p for q, _ in kept for p in q]
     row |= dict(w=w, rewards=rewards, saturation=mean(lambda x, q: saturation(x)), high_frequency=mean(lambda x, q: high_frequency(x)))
     if again:                                                      # so that the spread of training and that of judging are told apart
         other = evaluate(sampler, prompts, load_judges(), seed=seed + AGAIN, repeats=a.repeats)
         row["again"] = {k: other[k] for k in ("judges", "mean", "motion_amount", "relative_motion", "precision", "recall", "seed")}
-    if a.repeats > 1: row["diversity"] = round(diversity(everything, said).mean().item(), 3)
     print_table([row])
     return row
 
@@ -141,7 +144,7 @@ def config_of(a, variant, seed, out=""):
     cfg = Config(out=str(out or a.out), teacher=a.teacher, track="", keep=2)
     given, = cells(AblateOptions(over=a.set, seeds=str(seed)), cfg)
     if variant == "cd" and a.lr_cd: given |= dict(lr=a.lr_cd)
-    return changed(cfg, **given | VARIANTS[variant])
+    return changed(cfg, **given | (VARIANTS | MORE)[variant])
 
 
 def student_row(a, variant, seed):
@@ -182,7 +185,7 @@ def show(a, rows, students):
         if r["seed"] != a.first or (name := f"{r['model']}, {r['steps']} steps") in clips or (r["model"] == "teacher" and r["w"] != a.w): continue
         net = load_teacher(a.teacher) if r["model"] == "teacher" else load_student(students[r["model"], r["seed"]] / "student")
         if r["model"] == RIVAL: net = net.teacher                              # with its adapters on
-        sample = sample_student if r["model"] in VARIANTS else sample_teacher
+        sample = sample_teacher if r["model"] in ("teacher", RIVAL) else sample_student
         clips[name] = sample(net, said, make_gen(0), r["steps"], a.w).mul(255).round().byte().contiguous()
     save_file(clips, path, dict(captions=json.dumps(said)))
 
@@ -196,7 +199,7 @@ def steps_rows(a, seed):
     from t2v_turbo.pipeline import sample_student
     from t2v_turbo.saved import load_student
     beside = SimpleNamespace(**vars(a) | dict(out=a.out / "steps"))
-    for n, model in itertools.product(a.sample_steps, ("cd", BOTH)):
+    for n, model in itertools.product(a.sample_steps, a.stepped):
         if not (run := a.out / "rows" / folder(model, seed) / "student").is_dir(): continue
         def make(_, model=model, n=n, run=run):
             student = load_student(run)
@@ -211,7 +214,7 @@ def gather(a):
     "Put the rows that are there into one file, and looks and clips beside them; print the table"
     from t2v_turbo.evaluate import print_table, summarise
     from t2v_turbo.files import write_json
-    rows, order = [json.loads(p.read_text()) for p in (a.out / "rows").glob("*/row.json")], ["teacher", *VARIANTS, RIVAL]
+    rows, order = [json.loads(p.read_text()) for p in (a.out / "rows").glob("*/row.json")], ["teacher", *VARIANTS, *MORE, RIVAL]
     if not rows: return
     rows.sort(key=lambda r: (order.index(r["model"]), -r["steps"], r["w"], r["seed"]))
     write_json(a.out / "rows.json", rows)

@@ -36,6 +36,8 @@ PANELS = (
     Panel("Held-out reward at looks", "looks", ("held_out",)),
     Panel("Judges", "looks", ("noun", "colour", "scene", "motion", "look", "steady"), "0 to 1"),
     Panel("Motion", "looks", ("motion_amount",), "grey levels between frames"),
+    Panel("Motion beside clean clips", "looks", ("relative_motion",), "1: as much"),
+    Panel("Precision and recall", "looks", ("precision", "recall"), "0 to 1"),
     Panel("Diversity", "looks", ("diversity",), "grey levels between clips of a caption"),
     Panel("Distance from plain CD", "looks", ("distance",), "grey levels"),
     Panel("Saturation", "looks", ("saturation",)),
@@ -47,7 +49,7 @@ PANELS = (
 LABELS = dict(cd="consistency loss", j_img="J_img", j_vid="J_vid", r_img="image reward",
               r_vid="video reward", grad_norm="norm", critic_norm="norm of the fake score",
               score="score term", critic="fake score", judge_trust="correlation",
-              lr="learning rate", held_out="held out", motion_amount="motion",
+              lr="learning rate", held_out="held out", motion_amount="motion", relative_motion="share",
               memory_gb="memory", high_frequency="high frequencies")
 
 # %% ../nbs/80_charts.ipynb #4bd95a25

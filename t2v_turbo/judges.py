@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'FrameJudge', 'ClipJudge', 'Judge', 'load_judges', 'judge', 'judge_score', 'held_captions', 'motion_amount',
-           'saturation', 'high_frequency', 'diversity', 'relative_motion', 'precision_recall']
+           'saturation', 'high_frequency', 'diversity', 'relative_motion', 'precision_recall', 'beside_world']
 
 # %% ../nbs/74_judges.ipynb #9ee5577c
 import torch
@@ -201,3 +201,18 @@ def precision_recall(real:Tensor, # features of clean clips `(n d)`, from `Judge
     def radius(x): return torch.cdist(x, x).kthvalue(k + 1, 1).values       # the first is itself
     return ((apart <= radius(real)[:, None]).any(0).float().mean().item(),
             (apart <= radius(made)[None]).any(1).float().mean().item())
+
+# %% ../nbs/74_judges.ipynb #5d206d32
+@torch.no_grad()
+def beside_world(net:Judge,     # from `load_judges`
+                 seen:Tensor,   # features of clips `(n 312)`, from `Judge.features`
+                 captions:list, # `list[str]`, length n
+                 seed:int=0,    # of the clean clips
+                )->dict:        # `precision` and `recall`; None with fewer than four clips
+    "Compare a set of clips with as many clean clips of the same captions"
+    got = (None, None)
+    if len(seen) > 3:
+        clean = render(torch.tensor([parse(c) for c in captions]), make_gen(seed))
+        real = torch.cat([net.features(x) for x in clean.split(24)])
+        got = precision_recall(real, seen)
+    return dict(zip(("precision", "recall"), got))

@@ -29,8 +29,9 @@ from .core import step_gen, strip
 from .data.tables import read_prompts
 from .distill import video_frames_of
 from .files import UserError, at_least, atomic, typed
-from .judges import (diversity, held_captions, high_frequency, judge, judge_score,
-                              load_judges, motion_amount, saturation)
+from .judges import (beside_world, diversity, held_captions, high_frequency, judge,
+                              judge_score, load_judges, motion_amount, relative_motion,
+                              saturation)
 from .pipeline import sample_student, sample_teacher
 from .rewards.base import per_frame
 from .rewards.names import options_of, parse_reward, reward_facts, reward_named
@@ -204,6 +205,17 @@ def _held_out(self:Watcher):
     if (judges := self.judges) is None: return {}
     return dict(held_out=(lambda clips, prompts: judge_score(judges, clips, prompts), 0))
 
+# %% ../nbs/76_watch.ipynb #5b540958
+@patch
+def _judged(self:Watcher, clips):
+    "Return what the judges see, where they know the captions: of single clips, and of the set"
+    if not (net := self.judges): return {}
+    seen = torch.cat([net.features(x) for x in clips.split(24)])
+    sets = {k: torch.tensor(v) for k, v in beside_world(net, seen, self.prompts).items()
+            if v is not None}
+    return judge(net, clips, self.prompts) | sets | dict(
+        relative_motion=relative_motion(clips, self.prompts))
+
 # %% ../nbs/76_watch.ipynb #7bb13303
 @patch
 def look(self:Watcher)->dict: # a row, ready for JSON; `each` holds the scores of single clips
@@ -220,7 +232,7 @@ def look(self:Watcher)->dict: # a row, ready for JSON; `each` holds the scores o
     parts = [b * got[r] for b, r in ((o.beta_img, "r_img"), (o.beta_vid, "r_vid")) if b]
     each = dict(trained=sum(parts).tolist()) if parts else {}
     if "held_out" in got: each["held_out"] = got["held_out"].tolist()
-    if self.judges: got |= judge(self.judges, clips, self.prompts)
+    got |= self._judged(clips)
     got |= {f.__name__: f(clips) for f in (motion_amount, saturation, high_frequency)}
     if self.o.clips_each > 1: got["diversity"] = diversity(clips, self.prompts)
     each["motion_amount"] = got["motion_amount"].tolist()
