@@ -29,7 +29,7 @@ TRAINING = (("start from", "recipe config dry_run"),
             ("objective", "reward vocabulary k w_min w_max huber_c beta_img beta_vid lambda_score "
                           "shape image_frames video_frames window match_official"),
             ("optimisation", "steps batch accumulate lr lr_schedule warmup rank lora_dropout "
-                             "critic_lr critic_steps judge_every judge_steps judge_lr "
+                             "critic_lr critic_steps judge_every judge_steps judge_lr judge_reads "
                              "optimizer ema clip seed max_skipped"),
             ("memory", "dtype save_memory compile"),
             ("judging", "eval_every student_w student_steps clips_each prompts held_out reference "
@@ -40,7 +40,8 @@ GROUPS = (("model", "student teacher teacher_lora variant dtype_of_teacher"),
           ("sampling", "steps w origin seed k repeats"),
           ("memory", "dtype offload slicing batch at_once device"),
           ("files", "out form format verify"))
-_CHECKED = constant("config:CHOICES", OPTIMIZERS=constant("optimizer:OPTIMIZERS"), dict=dict)
+_CHECKED = constant("config:CHOICES", OPTIMIZERS=constant("optimizer:OPTIMIZERS"), dict=dict,
+                    READS=constant("surrogate:READS"))
 CHOICES = (*(_CHECKED | dict(dtype=("auto", *_CHECKED["dtype"]), on_hacking=("off", "warn", "stop"),
                              shape=constant("rewards.base:SHAPES_OF_J"))).items(),)
 

@@ -20,6 +20,7 @@ from .memory import savings_of
 from .optimizer import OPTIMIZERS
 from .rewards.names import missing_rewards, named_frames
 from .rewards.tiny import unknown_words
+from .surrogate import READS
 from .teachers.folders import defaults_of, in_tiny_world
 
 # %% ../nbs/65_config.ipynb #7edab42a
@@ -35,6 +36,7 @@ class _WithJudge(_Checked):
     judge_every:int = 1        # steps between questions to the judge
     judge_steps:int = 4        # updates of the surrogate for each of the student's
     judge_lr:float = 1e-3      # learning rate of the surrogate
+    judge_reads:str = "latents" # what it reads: latents, or teacher: the denoiser's first blocks
 
 @dataclass(frozen=True)
 class _WithScore(_WithJudge):
@@ -126,12 +128,15 @@ def _check_rate(c):
             f"{n} is {getattr(c, n)}: give 0 or more")
     if c.lambda_score and not c.rank: raise UserError(
         f"lambda_score is {c.lambda_score} but rank 0 trains without LoRA: give a LoRA rank")
+    if c.judge_reads == "teacher" and (c.compile or not c.rank): raise UserError(
+        "judge_reads teacher stops inside the teacher's denoiser, which is neither compiled nor "
+        "trained itself: leave out --compile and rank 0, or give --judge_reads latents")
 
 
 # %% ../nbs/65_config.ipynb #27b3da63
 CHOICES = dict(dtype=("float32", "bfloat16", "float16"), optimizer=OPTIMIZERS,
                lr_schedule=("constant", "linear", "cosine"), missing=("error", "skip"),
-               track=("tensorboard", "wandb", "trackio", ""))
+               track=("tensorboard", "wandb", "trackio", ""), judge_reads=READS)
 
 def _check_config(c):
     "Raise `UserError` for an invalid setting"

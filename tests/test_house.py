@@ -321,6 +321,14 @@ def test_public_parameters_are_annotated_or_explained(py):
 LONGEST, PARAMETERS = 450, 8                        # lines of a module, parameters of a function
 
 
+@each_nb
+def test_a_link_has_the_number_of_its_notebook(nb):
+    "`[notebook 64](64_surrogate.ipynb)`, and `[64](..)` likewise"
+    text = "".join(src(c) for c in cells(nb) if c["cell_type"] == "markdown")
+    links = re.findall(r"\[(?:[Nn]otebooks? )?(\d\d)\b[^\]]*\]\([^)]*?(\d\d)_\w+\.ipynb", text)
+    assert [l for l in links if l[0] != l[1]] == []
+
+
 def test_the_sidebar_is_in_the_order_of_numbers():
     yaml = pytest.importorskip("yaml")
     bar = yaml.safe_load((NBS / "sidebar.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]

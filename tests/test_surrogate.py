@@ -15,7 +15,19 @@ from t2v_turbo.distill import Objective
 from t2v_turbo.files import UserError
 from t2v_turbo.rewards.blackbox import BlackBox
 from t2v_turbo.rewards.names import rewards_from
-from t2v_turbo.surrogate import Follower, NoFollower, Surrogate, follow, trust
+from t2v_turbo.standins import tiny_modelscope, tiny_sana, tiny_wan
+from t2v_turbo.student import Student
+from t2v_turbo.surrogate import (
+    READS,
+    Follower,
+    NoFollower,
+    Surrogate,
+    follow,
+    hidden,
+    next_block,
+    trust,
+)
+from t2v_turbo.teachers.folders import load_teacher
 from t2v_turbo.train import Config, Trainer
 
 VIDEO = Objective(k=50, beta_img=0., beta_vid=.5, shape="raw")
@@ -52,7 +64,8 @@ def test_without_a_judge_nothing_changes(tmp_path):
     assert not [k for k in t.told if k.startswith("judge")]
 
 
-@pytest.mark.parametrize("more", [dict(), dict(ema=.5, accumulate=2, judge_every=2, judge_steps=2, save_memory="all"), dict(lambda_score=.3)])
+@pytest.mark.parametrize("more", [dict(), dict(ema=.5, accumulate=2, judge_every=2, judge_steps=2, save_memory="all"), dict(lambda_score=.3),
+                                  dict(judge_reads="teacher", save_memory="all", accumulate=2)])
 def test_stopped_and_resumed_to_the_bit(tmp_path, more):
     "Two steps and one more are three: student, surrogate, answers, the log"
     whole = trainer(tmp_path / "a", **more)
@@ -70,9 +83,10 @@ def test_stopped_and_resumed_to_the_bit(tmp_path, more):
     with pytest.raises(UserError, match="made with another video reward"): trainer(tmp_path / "b", lambda c, p: redness(c, p), **more).resume()
 
 
-def test_the_pull_is_the_surrogates(tmp_path):
+@pytest.mark.parametrize("reads", READS)
+def test_the_pull_is_the_surrogates(tmp_path, reads):
     "The student's gradient changes with the surrogate, times the trust in it; the judge itself has none"
-    t = trainer(tmp_path)
+    t = trainer(tmp_path, judge_reads=reads)
     net = t.model.surrogate
     with torch.no_grad():
         for p in net.parameters(): p.normal_(0, .1, generator=make_gen(1))
@@ -87,15 +101,64 @@ def test_the_pull_is_the_surrogates(tmp_path):
     torch.testing.assert_close(half - none, (whole - none) / 2, rtol=1e-3, atol=1e-6)
 
 
-def test_pieces_do_not_change_the_answers(tmp_path):
+KINDS = dict(modelscope=lambda p: load_teacher(tiny_modelscope(p / "m")), wan=lambda p: tiny_wan(),
+             sana=lambda p: load_teacher(tiny_sana(p / "s"), frames=5, size=(32, 32)), tiny=lambda p: load_teacher("tiny"), flow=lambda p: load_teacher("tiny-flow"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_blocks_of_every_teacher_are_read(kind, tmp_path):
+    "Tokens with a gradient in the latents, without adapters, and the rest of the network is not run"
+    student = Student(KINDS[kind](tmp_path), rank=2)
+    with torch.no_grad():
+        for n, p in student.trainable().items(): p.normal_(0, .1, generator=make_gen(len(n)))
+    ctx = student.teacher.encode_text(["a red fish moving left in the sea", ""])
+    x = torch.randn(2, *student.teacher.latent_shape, generator=make_gen(0)).requires_grad_()
+    ran, after = [], next_block(student.teacher.denoiser)
+    hook = after.register_forward_hook(lambda *_: ran.append(1))
+    with student.as_teacher() as teacher: h = hidden(teacher, x, ctx)
+    assert h.ndim == 3 and len(h) == 2 and h.dtype == torch.float32 and not ran
+    g, = torch.autograd.grad(h.square().sum(), x)
+    assert g.flatten(1).norm(dim=1).min() > 0 and g.isfinite().all()
+    with torch.no_grad():
+        moved = hidden(student.teacher, x, ctx)
+        teacher.denoise(x, torch.zeros(2, dtype=torch.long), ctx)
+    hook.remove()
+    assert not torch.allclose(h, moved) and ran
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(tmp_path, dtype):
+    "The head on the first blocks pulls as in float32"
+    pulls = {}
+    for d in ("float32", dtype):
+        t = trainer(tmp_path / d, dtype=d, judge_reads="teacher")
+        with torch.no_grad():
+            for p in t.model.surrogate.parameters(): p.normal_(0, .1, generator=make_gen(1))
+        teacher = t.student.teacher
+        x = torch.randn(2, *teacher.latent_shape, generator=make_gen(0)).requires_grad_()
+        ctx = teacher.encode_text(["a red fish moving left in the sea", "a blue cat spinning at night"])
+        s = t.model.predicted(x, ctx)
+        pulls[d], = torch.autograd.grad(s.sum(), x)
+    a, b = pulls.values()
+    assert torch.cosine_similarity(a.flatten(), b.flatten(), 0) > .99 and (b == 0).float().mean() < .01
+
+
+def test_what_cannot_be_read_is_refused(tmp_path):
+    for more in (dict(compile=1), dict(rank=0)):
+        with pytest.raises(UserError, match="judge_reads teacher stops inside the teacher's denoiser"): trainer(tmp_path, judge_reads="teacher", **more)
+    with pytest.raises(UserError, match="judge_reads 'pixels'"): trainer(tmp_path, judge_reads="pixels")
+
+
+@pytest.mark.parametrize("reads", READS)
+def test_pieces_do_not_change_the_answers(tmp_path, reads):
     got = []
     for n in (1, 2):
-        t = trainer(tmp_path / str(n), accumulate=n)
+        t = trainer(tmp_path / str(n), accumulate=n, judge_reads=reads)
         t.backward(); t.update()
         got.append(t.follower.answers)
     a, b = got
     torch.testing.assert_close(a.score, b.score, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(a.x0, b.x0, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(a.read, b.read, rtol=1e-2, atol=1e-2)
 
 
 def test_a_judge_that_fails_is_named(tmp_path):
@@ -116,8 +179,6 @@ def test_noise_is_reported_and_redness_is_followed():
     class Engine:
         class accelerator: device = "cpu"; gather = staticmethod(lambda x: x)
     from t2v_turbo.distill import Distillation
-    from t2v_turbo.student import Student
-    from t2v_turbo.teachers.tiny import load_teacher
     gen = make_gen(0)
     def noise(clips, prompts): return torch.rand(len(clips), generator=gen)
     for judge, followed in ((redness, True), (noise, False)):
