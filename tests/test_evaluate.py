@@ -23,7 +23,7 @@ from t2v_turbo.judges import (
 from t2v_turbo.world import blur, caption, flicker, parse, render, sample_attrs, watermark
 
 HELD = held_captions(24)
-KEYS = {"model", "steps", "nfe", "seconds_per_video", "videos", "judges", "mean", "ci95", "motion_amount", "relative_motion", "precision", "recall", "seed"}
+KEYS = {"model", "steps", "nfe", "seconds_per_video", "videos", "judges", "mean", "ci95", "motion_amount", "relative_motion", "diversity", "precision", "recall", "seed"}
 
 
 def drawn(prompts, seed):

@@ -1,4 +1,5 @@
 "Every notebook runs from top to bottom; cells under a flag of `tst_flags` are skipped."
+import subprocess
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -30,11 +31,19 @@ def case(p):
     return pytest.param(p, id=name, marks=[pytest.mark.core] if name in METHOD else [])
 
 
+ALONE = {"58_optimizer.ipynb"}         # a compilation that fails leaves a process in which arguments live longer, and a plan counts an activation more
+RUN = "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from notebooks import run_notebook; print('cell', run_notebook(Path(sys.argv[2]), sys.argv[4:], sys.argv[3]))"
+
+
 @pytest.mark.parametrize("nb", [case(p) for p in notebooks])
 def test_notebook(nb, monkeypatch):
     monkeypatch.setenv("IN_TEST", "1")  # nbdev's own cells ask for it
     monkeypatch.setattr(sys, "path", [*sys.path])                       # what a notebook puts there goes with it
-    failed = run_notebook(nb, flags, ROOT)
+    if nb.name in ALONE:
+        run = subprocess.run([sys.executable, "-c", RUN, ROOT / "tests", nb, ROOT, *flags], capture_output=True, text=True, timeout=600)
+        print(run.stdout, run.stderr)
+        failed = None if run.stdout.endswith("cell None\n") else "?"
+    else: failed = run_notebook(nb, flags, ROOT)
     assert failed is None, f"cell {failed} of {nb.name} fails; its traceback is above"
 
 
