@@ -49,7 +49,8 @@ PANELS = (
 LABELS = dict(cd="consistency loss", j_img="J_img", j_vid="J_vid", r_img="image reward",
               r_vid="video reward", grad_norm="norm", critic_norm="norm of the fake score",
               score="score term", critic="fake score", judge_trust="correlation",
-              lr="learning rate", held_out="held out", motion_amount="motion", relative_motion="share",
+              lr="learning rate", held_out="held out", motion_amount="motion",
+              relative_motion="share",
               memory_gb="memory", high_frequency="high frequencies")
 
 # %% ../nbs/80_charts.ipynb #4bd95a25

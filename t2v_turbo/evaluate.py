@@ -68,7 +68,7 @@ def evaluate(sampler:Sampler, # makes the clips
         seen.append(judges.features(clips)); seconds.append(s)
         if repeats > 1: kept.append(clips.mul(255).round().byte())
     scores, said_of = torch.cat(scores), list(prompts) * repeats       # (videos axes)
-    spread = diversity(torch.cat(kept).float() / 255, said_of).mean().item() if kept else None
+    spread = [diversity(torch.cat(kept).float() / 255, said_of).mean().item()] if kept else []
     amount, relative = torch.cat(motion).mean(0).tolist()
     per_prompt = scores.mean(1).view(repeats, len(prompts)).mean(0)
     return dict(
@@ -76,8 +76,8 @@ def evaluate(sampler:Sampler, # makes the clips
         seconds_per_video=statistics.median(seconds[1:] or seconds), videos=len(scores),
         judges=dict(zip(said, scores.mean(0).tolist())), mean=scores.mean().item(),
         ci95=half_width(bootstrap(per_prompt, seed=seed)),
-        motion_amount=amount, relative_motion=relative, seed=seed, diversity=spread,
-        **beside_world(judges, torch.cat(seen), said_of))
+        motion_amount=amount, relative_motion=relative, seed=seed,
+        **beside_world(judges, torch.cat(seen), said_of), **dict(zip(["diversity"], spread)))
 
 # %% ../nbs/77_evaluate.ipynb #d44f6ef5
 def progress(name:str,    # of the model
@@ -98,7 +98,7 @@ def summarise(rows:list, # from `evaluate`, for several training seeds
     groups = {}
     for r in rows: groups.setdefault((r["model"], r["steps"]), []).append(r)
     def sets(rs, k):
-        values = [r[k] for r in rs if r.get(k) is not None]
+        values = [r[k] for r in rs if r[k] is not None]
         return statistics.fmean(values) if values else None
     def one(rs):
         over, means = lambda f: statistics.fmean(map(f, rs)), [r["mean"] for r in rs]
@@ -117,7 +117,7 @@ def cells(rows:list, # from `evaluate`, or from `summarise`
          )->list:    # a header and one list of strings per row
     "Format rows as the text of table cells"
     many = "n" in rows[0] if rows else False
-    beside = [k for k in BESIDE if any(r.get(k) is not None for r in rows)]
+    beside = [k for k in BESIDE if rows and k in rows[0]]
     number = lambda v, fmt=".3f": "–" if v is None else format(v, fmt)
     head = ["model", "steps", "NFE", "s/video", *(rows[0]["judges"] if rows else []), "mean",
             "± std (seeds)" if many else "± 95% (prompts)", "change", *map(BESIDE.get, beside),
@@ -126,7 +126,7 @@ def cells(rows:list, # from `evaluate`, or from `summarise`
         [r["model"], str(r["steps"]), str(r["nfe"]), number(r["seconds_per_video"]),
          *map(number, r["judges"].values()), number(r["mean"]),
          number(r["std"] if many else r["ci95"]), number(r["motion_amount"], ".2f"),
-         *(number(r.get(k), ".2f") for k in beside), str(r["n"] if many else r["seed"])] for r in rows]
+         *(number(r[k], ".2f") for k in beside), str(r["n"] if many else r["seed"])] for r in rows]
 
 def markdown_table(rows:list, # from `evaluate`, or from `summarise`
                   )->str:

@@ -330,4 +330,7 @@ def follower_of(engine, # prepared with the model of the run
                ):       # a `Follower`, or a `NoFollower`
     "Make the follower of a run"
     if not isinstance(engine.bare, Followed): return NoFollower()
+    if engine.sharded and engine.bare.reads == "teacher": raise UserError(
+        "judge_reads teacher stops inside the denoiser, which FSDP and ZeRO do not allow: give "
+        "--judge_reads latents, or configs/ddp.yaml")
     return Follower(engine, cfg.judge_every, cfg.judge_steps, cfg.judge_lr, cfg.seed)

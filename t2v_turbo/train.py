@@ -184,11 +184,7 @@ def _model(self:Trainer, image_reward, video_reward):
         own[n] = own.get(n, {}) | {s: 1 for s in ("chunk", "save_memory") if s in k}
     named = rewards_from(names, own, cfg.vocabulary or None)
     both = (image_reward or named["image"], video_reward or named["video"])
-    if cfg.judge_reads == "teacher" and self.engine.sharded: raise UserError(
-        "judge_reads teacher stops inside the denoiser, which FSDP and ZeRO do not allow: give "
-        "--judge_reads latents, or configs/ddp.yaml")
-    model = model_class(cfg)(self.student, o, *both)
-    model = follow(model, cfg.seed, cfg.judge_reads)                    # a judge gets a surrogate
+    model = follow(model_class(cfg)(self.student, o, *both), cfg.seed, cfg.judge_reads)
     known = [m for m in model.modules() if isinstance(m, TinyReward)]
     if known and cfg.data and self.accelerator.is_main_process:
         warn_of_words(known, prompts_of(self.source, 64), cfg.data)

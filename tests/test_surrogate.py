@@ -11,7 +11,7 @@ import torch
 
 from t2v_turbo.cli import main
 from t2v_turbo.core import make_gen
-from t2v_turbo.distill import Objective
+from t2v_turbo.distill import Distillation, Objective
 from t2v_turbo.files import UserError
 from t2v_turbo.rewards.blackbox import BlackBox
 from t2v_turbo.rewards.names import rewards_from
@@ -23,6 +23,7 @@ from t2v_turbo.surrogate import (
     NoFollower,
     Surrogate,
     follow,
+    follower_of,
     hidden,
     next_block,
     trust,
@@ -146,6 +147,8 @@ def test_half_precision(tmp_path, dtype):
 def test_what_cannot_be_read_is_refused(tmp_path):
     for more in (dict(compile=1), dict(rank=0)):
         with pytest.raises(UserError, match="judge_reads teacher stops inside the teacher's denoiser"): trainer(tmp_path, judge_reads="teacher", **more)
+    engine = SimpleNamespace(sharded=True, bare=follow(Distillation(Student(load_teacher("tiny"), rank=2), VIDEO, None, BlackBox("redness", redness)), 0, "teacher"))
+    with pytest.raises(UserError, match="which FSDP and ZeRO do not allow"): follower_of(engine, None)
     with pytest.raises(UserError, match="judge_reads 'pixels'"): trainer(tmp_path, judge_reads="pixels")
 
 
@@ -178,7 +181,6 @@ def test_predictions_that_are_nan_are_not_asked_about(tmp_path):
 def test_noise_is_reported_and_redness_is_followed():
     class Engine:
         class accelerator: device = "cpu"; gather = staticmethod(lambda x: x)
-    from t2v_turbo.distill import Distillation
     gen = make_gen(0)
     def noise(clips, prompts): return torch.rand(len(clips), generator=gen)
     for judge, followed in ((redness, True), (noise, False)):
