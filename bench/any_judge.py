@@ -15,6 +15,7 @@ from t2v_turbo.rewards.tiny import load_reward
 
 JUDGED = {f"cd + judge {b:g}": dict(beta_img=0., beta_vid=b, reward="judge=any_judge:video", video_frames=8) for b in (.02, .2, 1.)}
 JUDGED |= {f"{n}, first blocks": how | dict(judge_reads="teacher") for n, how in JUDGED.items()}       # of the teacher, in the place of latents
+JUDGED |= {f"{n} + score": how | three_seeds.SCORE for n, how in JUDGED.items() if "first" in n}       # held by the score term
 REWARD = cache(load_reward)
 
 
