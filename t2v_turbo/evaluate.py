@@ -60,15 +60,16 @@ def evaluate(sampler:Sampler, # makes the clips
             )->dict:         # one row of the table, ready for JSON
     "Time and judge one sampler; `mean` is over the judges, `ci95` over prompts of this student"
     if not prompts: raise UserError("no prompts to evaluate on: give one or more captions")
-    scores, motion, seen, kept, seconds = [], [], [], [], []
-    for part, clips, s in bar(timed_batches(sampler, list(prompts) * repeats, seed, batch)):
+    captions, scores, motion, seen, kept, seconds = list(prompts) * repeats, [], [], [], [], []
+    for part, clips, s in bar(timed_batches(sampler, captions, seed, batch)):
         said = judge(judges, clips, part)
         scores.append(torch.stack([*said.values()], 1))
         motion.append(torch.stack([motion_amount(clips), relative_motion(clips, part)], 1))
         seen.append(judges.features(clips)); seconds.append(s)
         if repeats > 1: kept.append(clips.mul(255).round().byte())
-    scores, said_of = torch.cat(scores), list(prompts) * repeats       # (videos axes)
-    spread = [diversity(torch.cat(kept).float() / 255, said_of).mean().item()] if kept else []
+    scores = torch.cat(scores)                                         # (videos axes)
+    sets = beside_world(judges, torch.cat(seen), captions)
+    if kept: sets["diversity"] = diversity(torch.cat(kept).float() / 255, captions).mean().item()
     amount, relative = torch.cat(motion).mean(0).tolist()
     per_prompt = scores.mean(1).view(repeats, len(prompts)).mean(0)
     return dict(
@@ -76,8 +77,7 @@ def evaluate(sampler:Sampler, # makes the clips
         seconds_per_video=statistics.median(seconds[1:] or seconds), videos=len(scores),
         judges=dict(zip(said, scores.mean(0).tolist())), mean=scores.mean().item(),
         ci95=half_width(bootstrap(per_prompt, seed=seed)),
-        motion_amount=amount, relative_motion=relative, seed=seed,
-        **beside_world(judges, torch.cat(seen), said_of), **dict(zip(["diversity"], spread)))
+        motion_amount=amount, relative_motion=relative, seed=seed, **sets)
 
 # %% ../nbs/77_evaluate.ipynb #d44f6ef5
 def progress(name:str,    # of the model
